@@ -1,0 +1,1 @@
+"""The nouns that both sides of a shard share: clips, snippets, codecs, the format. Never torch."""

@@ -1,0 +1,49 @@
+"""What every command line shares: flat flags from a dataclass, errors as one line, a log to read."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, TypeVar, Union
+
+import tyro
+
+from clips.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], prog: str, description: str, args: Sequence[str] | None = None, default: Config | None = None) -> Config:
+    """The dataclass filled from the command line: nested dataclasses give flat flags, lists are separated by spaces."""
+    return tyro.cli(
+        config,
+        prog=prog,
+        description=description,
+        args=args,
+        default=default if default is not None else tyro.MISSING_NONPROP,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+
+
+def parse_verb(verbs: Mapping[str, type], prog: str, description: str) -> object:
+    """The dataclass of the chosen verb, filled from the command line: `prog VERB --flag …`."""
+    union = Union[tuple(Annotated[config, tyro.conf.subcommand(verb)] for verb, config in verbs.items())]  # noqa: UP007  # made at run time
+    return parse(union, prog, description)  # type: ignore[arg-type]  # a union of dataclasses, which tyro takes
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """The exit code of `main`; what a user can cause is one line on stderr and exit code 2, an interrupt is 130."""
+    try:
+        return main() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command again continues", file=sys.stderr)
+        return 130
+
+
+def show_log(verbose: bool = True) -> None:
+    """Log lines on stderr, as plain sentences; only entry points call this."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)

@@ -1,0 +1,78 @@
+"""What SLURM and torchrun say about this process: the one place that reads their variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from clips.errors import InputError
+
+MAX_CPUS_OUTSIDE_A_JOB = 8  # a login node or a desk is shared: never take all of it by default
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the processes of one training: ranks are 0 … world_size − 1."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str  # "torchrun", "srun" or "single"
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+
+
+def ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """Torchrun's variables first; SLURM's only inside a step of several tasks; otherwise a single process.
+
+    SLURM_PROCID also exists in the batch script itself, so only SLURM_STEP_ID means "started by srun": plain
+    `python train.py` in an allocation of eight tasks must not wait for seven others.
+    """
+    if ("RANK" in environ) != ("WORLD_SIZE" in environ):
+        there, missing = ("RANK", "WORLD_SIZE") if "RANK" in environ else ("WORLD_SIZE", "RANK")
+        raise InputError(f"{there} is set but {missing} is not; expected both (torchrun sets them) or neither. Unset {there} or set {missing}.")
+    if "RANK" in environ:
+        return Ranks(
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            local_rank=int(environ.get("LOCAL_RANK", 0)),
+            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 1)),
+            launcher="torchrun",
+            master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=int(environ.get("MASTER_PORT", 29500)),
+        )
+    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+        tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
+        return Ranks(
+            rank=int(environ["SLURM_PROCID"]),
+            world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(environ["SLURM_LOCALID"]),
+            local_world_size=int(re.split(r"[(,]", tasks_per_node)[0]),
+            launcher="srun",
+            master_addr=first_host(nodes),
+            master_port=20000 + int(environ["SLURM_JOB_ID"]) % 20000,
+        )
+    return Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="single")
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `h[0102-0105,0110]` gives `h0102`, `a1,b2` gives `a1`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodelist)
+    if match is None:
+        raise InputError(f"SLURM node list {nodelist!r}: expected host names such as n[01-04]. Check SLURM_JOB_NODELIST.")
+    return "".join(part or "" for part in match.groups())
+
+
+def in_job(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether SLURM started this process."""
+    return "SLURM_JOB_ID" in environ
+
+
+def allocated_cpus() -> int:
+    """The cores that this process may use; at most 8 outside a SLURM job."""
+    cpus = len(os.sched_getaffinity(0))
+    return cpus if in_job() else min(cpus, MAX_CPUS_OUTSIDE_A_JOB)

@@ -1,0 +1,1 @@
+"""npz snippets to shards, on CPU nodes; never torch."""

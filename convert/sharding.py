@@ -1,0 +1,95 @@
+"""Which snippet goes into which shard: a pure function of the plan's inputs, whatever packs it, in any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clips.codecs import Codec
+from clips.clip import ClipSpec
+from clips.format import FORMAT_VERSION, FRAME
+from clips.mix import permutation
+from clips.snippets import Snippet
+
+MEMBER_OVERHEAD_BYTES = 12 * 1024  # tar headers, padding, json, points of a clip of real size
+SEED = 0  # of the order within shards; the order of training has its own
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """The shards of one split: for each the snippets that it holds, in order. `inputs` is what `plan_id` hashes."""
+
+    split: str
+    plan_id: str
+    inputs: dict[str, Any]
+    shards: tuple[tuple[Snippet, ...], ...]
+
+    def shard_name(self, number: int) -> str:
+        return f"{self.split}-{number:06d}"
+
+
+def plan_split(split: str, snippets: Sequence[Snippet], settings: dict[str, Any], clips_per_shard: int) -> SplitPlan:
+    """`settings` are the manifest's: codec, geometry, classes and how arrays are read."""
+    inputs = {
+        "format": FORMAT_VERSION,
+        "settings": settings,
+        "seed": SEED,
+        "clips_per_shard": clips_per_shard,
+        "files": sorted([snippet.path, snippet.file_bytes] for snippet in snippets),
+    }
+    text = json.dumps(inputs, sort_keys=True, ensure_ascii=False)
+    plan_id = hashlib.sha256(text.encode()).hexdigest()
+    return SplitPlan(split, plan_id, json.loads(text), deal(snippets, clips_per_shard))
+
+
+def deal(snippets: Sequence[Snippet], clips_per_shard: int) -> tuple[tuple[Snippet, ...], ...]:
+    """Shards of nearly equal size, at most `clips_per_shard`, each with the classes' overall shares, shuffled inside."""
+    ordered = sorted(snippets, key=lambda snippet: snippet.key.encode())
+    by_label: dict[int, list[Snippet]] = {}
+    for number in permutation(len(ordered), "deal", SEED):
+        by_label.setdefault(ordered[number].label, []).append(ordered[number])
+    spread = sorted(
+        (((2 * place + 1) / (2 * len(members)), label, snippet) for label, members in by_label.items() for place, snippet in enumerate(members)),
+        key=lambda entry: entry[:2],
+    )
+    num_shards = -(-len(spread) // clips_per_shard)
+    borders = [number * len(spread) // num_shards for number in range(num_shards + 1)]
+    shards = []
+    for number, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        members = [snippet for _, _, snippet in spread[begin:end]]
+        shards.append(tuple(members[place] for place in permutation(len(members), "inside", SEED, number)))
+    return tuple(shards)
+
+
+def clips_per_shard(codec: Codec, stored: ClipSpec, shard_mib: float) -> int:
+    """Arithmetic on geometry and settings alone, so that it never depends on what the clips hold."""
+    clip_bytes = codec.estimated_bytes(stored) + stored.frames * (FRAME.itemsize + 16) + MEMBER_OVERHEAD_BYTES
+    return max(1, int(shard_mib * 2**20) // clip_bytes)
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What differs between two plans' inputs, in words."""
+    found = []
+    flat_mine, flat_theirs = _flat(mine), _flat(theirs)
+    for name in sorted(flat_mine.keys() | flat_theirs.keys()):
+        if flat_mine.get(name) != flat_theirs.get(name):
+            found.append(f"{name} is {flat_mine.get(name)} here and {flat_theirs.get(name)} there")
+    mine_files, theirs_files = dict(mine["files"]), dict(theirs.get("files", []))
+    names = sorted(mine_files.keys() | theirs_files.keys())
+    changed = [name for name in names if mine_files.get(name) != theirs_files.get(name)]
+    if changed:
+        found.append(f"{len(changed)} files were added, removed or changed in size, {changed[0]} first")
+    return found
+
+
+def _flat(inputs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif name != "files":
+            flat[prefix + name] = value
+    return flat

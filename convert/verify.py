@@ -1,0 +1,290 @@
+"""Whether shards hold what they promise: checksums alone, or every value against the npz.
+
+manifest -> each shard: sha256 -> members against the index -> frames decoded -> (npz: arrays, labels, PSNR)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import tarfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from clips import snippets as source
+from clips.codecs import make_codec
+from clips.environment import allocated_cpus
+from clips.errors import ClipError, InputError
+from clips.files import sha256_of
+from clips.format import FormatError, IndexEntry, unpack_array, unpack_map, unpack_points
+from clips.keypoints import mask_of
+from clips.manifest import Manifest, ShardEntry, index_path, read_index, read_manifest, tar_path
+from clips.npz import BadNpz
+from clips.snippets import ArrayNames, Snippet, read
+
+from .encode import sha256_of_array, stored_frames
+
+logger = logging.getLogger(__name__)
+
+LOW_PSNR_DB = 35.0  # real clips at quality 90 have about 40 dB; below 35 blocks become visible
+WORST_LISTED = 10
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Checks shards against their manifest, and against the npz where they are at hand."""
+
+    shards: tyro.conf.Positional[Path]
+    """The folder that pack wrote."""
+    dataset_home: Path | None = None
+    """The npz snippets; without them checksums and structure are checked."""
+    workers: int | None = None
+    """Processes; default: the allocated CPUs, at most 8 outside a SLURM job."""
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard; `psnr_db` by key, infinite where frames are equal."""
+
+    problems: list[str] = field(default_factory=list)
+    clips: int = 0
+    psnr_db: dict[str, float] = field(default_factory=dict)
+
+
+def verify(config: VerifyConfig) -> int:
+    """0 where all is well, 1 where something is wrong; problems go to the log, the verdict to stdout."""
+    manifest = read_manifest(config.shards)
+    snippets = _source(config, manifest)
+    reports = _check_shards(config, manifest, snippets)
+    problems = [problem for report in reports for problem in report.problems]
+    problems += list(_strangers(config.shards, manifest)) + list(_left_out(manifest, snippets))
+    for problem in problems:
+        logger.error(problem)
+    psnr_db = {key: value for report in reports for key, value in report.psnr_db.items()}
+    _report_psnr(psnr_db)
+    num_clips = sum(report.clips for report in reports)
+    num_shards = sum(len(split.shards) for split in manifest.splits.values())
+    print(f"{num_clips} clips in {num_shards} shards checked, {len(problems)} problems")
+    if not problems:
+        print(_verdict(manifest, psnr_db, snippets is not None))
+    return 1 if problems else 0
+
+
+def _source(config: VerifyConfig, manifest: Manifest) -> dict[str, Snippet] | None:
+    """The snippets by key, as the manifest reads them; None without a home."""
+    if config.dataset_home is None:
+        return None
+    home = source.find(config.dataset_home, (), manifest.classes, manifest.source_pattern)
+    return {snippet.key: snippet for split in home.splits.values() for snippet in split}
+
+
+def _check_shards(config: VerifyConfig, manifest: Manifest, snippets: dict[str, Snippet] | None) -> list[ShardReport]:
+    jobs = [(split, shard) for split, entry in manifest.splits.items() for shard in entry.shards]
+    context = multiprocessing.get_context("spawn")
+    processes = max(1, min(config.workers or allocated_cpus(), len(jobs)))
+    total = sum(shard.clips for _, shard in jobs)
+    reports = []
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as executor, tqdm(total=total, unit="clips", desc="verify") as progress:
+            futures = [executor.submit(check_shard, config.shards, manifest, split, shard, config.dataset_home, snippets) for split, shard in jobs]
+            for future in futures:
+                reports.append(future.result())
+                progress.update(reports[-1].clips)
+    except BrokenProcessPool as error:
+        raise InputError("a worker was killed, probably for want of memory. Run the same command with fewer --workers.") from error
+    return reports
+
+
+def check_shard(
+    folder: Path, manifest: Manifest, split: str, shard: ShardEntry, home: Path | None, snippets: dict[str, Snippet] | None
+) -> ShardReport:
+    """Everything that can be wrong with one shard; it goes on after a problem as long as that makes sense."""
+    report = ShardReport()
+    path = tar_path(folder, split, shard.name)
+    try:
+        index = read_index(folder, split, shard)
+        if sha256_of(path) != shard.tar_sha256:
+            report.problems.append(f"{path}: sha256 is not the manifest's. Pack again into a new folder, or restore this file.")
+    except (ClipError, OSError) as error:
+        report.problems.append(str(error))
+        return report
+    if (index.plan_id, index.shard, len(index.clips)) != (manifest.splits[split].plan_id, shard.name, shard.clips):
+        report.problems.append(f"{index_path(folder, split, shard.name)}: is of another plan or shard than the manifest says.")
+    members = [(f"{e.facts.key}.{suffix}", place) for e in index.clips for suffix, place in e.members.items()]
+    report.problems += _tar_problems(path, members)
+    if report.problems:
+        return report
+    with path.open("rb") as file:
+        for entry in index.clips:
+            blobs = {}
+            for suffix, (offset, size) in entry.members.items():
+                file.seek(offset)
+                blobs[suffix] = file.read(size)
+            report.problems += [f"{path}: clip '{entry.facts.key}': {problem}" for problem in _clip_problems(manifest, entry, blobs, home, snippets, report)]
+            report.clips += 1
+    return report
+
+
+def _tar_problems(path: Path, members: list[tuple[str, tuple[int, int]]]) -> Iterator[str]:
+    """Whether the tar, read by Python's tarfile, holds just the members of the index, at their places."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            found = [(info.name, (info.offset_data, info.size)) for info in tar]
+    except (tarfile.TarError, OSError) as error:
+        yield f"{path}: not a whole tar ({error})"
+        return
+    for expected, there in zip(members, found, strict=False):
+        if expected != there:
+            yield f"{path}: member {there[0]} at {there[1]}; the index promises {expected[0]} at {expected[1]}"
+            return
+    if len(members) != len(found):
+        yield f"{path}: {len(found)} members; the index promises {len(members)}"
+
+
+def _clip_problems(
+    manifest: Manifest, entry: IndexEntry, blobs: dict[str, bytes], home: Path | None, snippets: dict[str, Snippet] | None, report: ShardReport
+) -> Iterator[str]:
+    facts = entry.facts
+    try:
+        provenance = json.loads(blobs["json"])
+        label = int(blobs["cls"])
+        frames = unpack_map(blobs["frames.mp"])
+    except (KeyError, ValueError) as error:
+        yield f"a member is missing or damaged ({error!r})"
+        return
+    if label != facts.label or not 0 <= label < len(manifest.classes):
+        yield f"label {label} in its member, {facts.label} in the index, {len(manifest.classes)} classes"
+    if source.key_of(provenance["path"]) != facts.key or provenance["frames_valid"] != facts.frames_valid:
+        yield "its json and the index disagree on the path or on frames_valid"
+    video = np.empty(manifest.stored.video_shape, np.uint8)
+    if yields := _decode(manifest, entry, frames, video):
+        yield yields
+        return
+    keypoints = _mask(blobs)
+    for name, array in [(manifest.arrays["keypoints"], keypoints)] + [(n, _extra(blobs, n)) for n in manifest.arrays["kept"]]:
+        known = provenance["arrays"].get(name)
+        if (known is None) != (array is None):
+            yield f"array '{name}' is in its member or in its json, but not in both"
+        elif array is not None and sha256_of_array(array.astype(known["dtype"])) != known["sha256"]:
+            yield f"array '{name}' has another sha256 than the npz had when it was packed"
+    lossless = make_codec(manifest.codec, manifest.codec_settings).lossless
+    if lossless and sha256_of_array(video) != provenance["arrays"][manifest.arrays["video"]]["sha256"]:
+        yield "frames have another sha256 than the npz had when it was packed"
+    if home is not None and snippets is not None:
+        yield from _against_npz(manifest, entry, video, keypoints, home, snippets, lossless, report)
+
+
+def _decode(manifest: Manifest, entry: IndexEntry, frames: dict, video: np.ndarray) -> str | None:  # type: ignore[type-arg]  # a msgpack map
+    """Fills `video`; the reason when the frames are not as promised."""
+    codec = make_codec(manifest.codec, manifest.codec_settings)
+    blobs = frames.get("frames", [])
+    if frames.get("codec") != codec.name or tuple(frames.get("shape", ())) != video.shape or len(blobs) != len(video) != len(entry.frames):
+        return f"frames are {frames.get('codec')} {frames.get('shape')}; the manifest promises {codec.name} {list(video.shape)}"
+    for number, (blob, crc32) in enumerate(zip(blobs, frames["crc32"], strict=True)):
+        if not zlib.crc32(blob) == crc32 == entry.frames["crc32"][number]:
+            return f"frame {number} has another crc32 than recorded"
+        try:
+            codec.decode(blob, video[number])
+        except ValueError as error:
+            return f"frame {number} does not decode ({error})"
+    return None
+
+
+def _mask(blobs: dict[str, bytes]) -> np.ndarray | None:
+    if "keypoints.mp" not in blobs:
+        return None
+    points, shape = unpack_points(blobs["keypoints.mp"])
+    return mask_of(points, shape)
+
+
+def _extra(blobs: dict[str, bytes], name: str) -> np.ndarray | None:
+    return unpack_array(blobs[f"{name}.mp"]) if f"{name}.mp" in blobs else None
+
+
+def _against_npz(
+    manifest: Manifest,
+    entry: IndexEntry,
+    video: np.ndarray,
+    keypoints: np.ndarray | None,
+    home: Path,
+    snippets: dict[str, Snippet],
+    lossless: bool,
+    report: ShardReport,
+) -> Iterator[str]:
+    snippet = snippets.get(entry.facts.key)
+    if snippet is None:
+        yield f"its npz is not in {home}"
+        return
+    if snippet.label != entry.facts.label:
+        yield f"label {entry.facts.label}; its folder in {home} says {snippet.label} ({snippet.class_name})"
+    arrays = manifest.arrays
+    names = ArrayNames(str(arrays["video"]), str(arrays["keypoints"]), arrays["keypoints_mode"])  # type: ignore[arg-type]  # as pack checked it
+    try:
+        content = read(home / snippet.path, manifest.source, names)
+    except BadNpz as error:
+        yield f"its npz cannot be read: {error}"
+        return
+    if (content.keypoints is None) != (keypoints is None) or (keypoints is not None and not np.array_equal(content.keypoints, keypoints)):
+        yield f"keypoints differ from {home / snippet.path}"
+    expected = stored_frames(content.video, manifest.stored)
+    if lossless and not np.array_equal(expected, video):
+        yield f"frames differ from {home / snippet.path}"
+    report.psnr_db[entry.facts.key] = psnr_db(expected, video)
+
+
+def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
+    """Of two uint8 videos of one shape, over all frames: 10 log10(255² / mean squared error); infinite when equal."""
+    squares = 0.0
+    for a, b in zip(expected, found, strict=True):
+        difference = a.reshape(-1).astype(np.float32) - b.reshape(-1)
+        squares += float(np.dot(difference, difference))
+    return math.inf if squares == 0 else 10 * math.log10(255**2 * expected.size / squares)
+
+
+def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
+    for split, entry in manifest.splits.items():
+        known = {shard.name for shard in entry.shards}
+        for path in sorted((folder / split).glob("*.tar")):
+            if path.stem not in known:
+                yield f"{path}: not in the manifest. Remove it, or pack again into a new folder."
+
+
+def _left_out(manifest: Manifest, snippets: dict[str, Snippet] | None) -> Iterator[str]:
+    """Snippets of the packed splits that no shard holds."""
+    packed = {split: entry.num_clips for split, entry in manifest.splits.items()}
+    for split, num_clips in packed.items():
+        there = sum(snippet.split == split for snippet in (snippets or {}).values())
+        if snippets is not None and there > num_clips:
+            yield f"{split}: the home holds {there} snippets and the shards {num_clips} clips. Pack the home into a new folder."
+
+
+def _report_psnr(psnr_db: dict[str, float]) -> None:
+    low = sorted((value, key) for key, value in psnr_db.items() if value < LOW_PSNR_DB)
+    for value, key in low[:WORST_LISTED]:
+        logger.warning(f"low quality: clip '{key}' has {value:.1f} dB, below {LOW_PSNR_DB:.0f}; take a higher --quality or --codec zstd")
+    if len(low) > WORST_LISTED:
+        logger.warning(f"low quality: {len(low) - WORST_LISTED} more clips below {LOW_PSNR_DB:.0f} dB")
+
+
+def _verdict(manifest: Manifest, psnr_db: dict[str, float], with_source: bool) -> str:
+    """Whether the npz may go; it names what was not packed."""
+    dropped = list(manifest.arrays["dropped"])
+    if manifest.arrays["keypoints_mode"] == "none":
+        dropped.append(f"{manifest.arrays['keypoints']}, where there was one")
+    missing = f"; not packed: {', '.join(dropped)}" if dropped else ""
+    if not with_source:
+        return f"whole: as packed{missing}. Whether it equals the npz: python -m convert verify --dataset-home"
+    if make_codec(manifest.codec, manifest.codec_settings).lossless:
+        return f"bit-exact: npz can be rebuilt{missing}"
+    finite = list(psnr_db.values())
+    return f"frames lossy (min {min(finite):.1f} dB, mean {sum(finite) / len(finite):.1f} dB): keep the npz or pack zstd{missing}"

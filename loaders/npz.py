@@ -1,0 +1,53 @@
+"""Clips out of the unconverted folder: the baseline. Each load inflates a whole npz, 40-90 ms of a core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from clips.errors import ClipError, InputError
+from clips.format import ClipFacts
+from clips.npz import BadNpz
+from clips.snippets import ArrayNames, check_headers, find, list_bad, read
+
+from .shards import points_of_frames
+from .source import ChooseFrames, Loaded
+
+
+class NpzSource:
+    """A split of DATASET_HOME/SPLIT/CLASS/*.npz, keypoints optional."""
+
+    def __init__(self, home: Path, split: str) -> None:
+        found = find(home)
+        if split not in found.splits:
+            raise InputError(f"--dataset-home {home}: no snippets in split {split}; there are some in {', '.join(found.splits)}.")
+        self._snippets = found.splits[split]
+        self._names = ArrayNames(keypoints_mode="optional")
+        spec, _, bad = check_headers(home, self._snippets, self._names)
+        if bad:
+            raise list_bad(bad, len(self._snippets), "Mend or move these files.")
+        self._home, self.class_names, self.stored, self.source = home, found.classes, spec, spec
+        # frames_valid is known only once a file is inflated; until then all frames count
+        self.facts = [ClipFacts(s.key, s.label, s.source, s.index, s.begin_ms, s.end_ms, spec.frames) for s in self._snippets]
+
+    def describe(self) -> list[str]:
+        return [
+            f"{len(self.facts)} clips in single npz files, frames of {self.stored}",
+            "packing them once would cut the loader's CPU time to about a quarter (python -m benchmarks loader measures it here): "
+            f"python -m convert pack --dataset-home {self._home} --output SHARDS",
+        ]
+
+    def load(self, number: int, choose: ChooseFrames, out: np.ndarray, with_points: bool) -> Loaded:
+        snippet = self._snippets[number]
+        try:
+            content = read(self._home / snippet.path, self.source, self._names)
+        except BadNpz as error:
+            raise ClipError(f"{self._home / snippet.path}: clip '{snippet.key}': {error}. Mend or move the file.") from error
+        chosen = choose(content.frames_valid)
+        np.take(content.video, chosen, axis=0, out=out, mode="clip")
+        points = points_of_frames(content.points, chosen) if with_points and content.points is not None else None
+        return Loaded(snippet.key, snippet.label, points)
+
+    def close(self) -> None:
+        """Nothing is kept open."""

@@ -1,0 +1,110 @@
+"""Which frames, which crop, which flip: pure functions of (seed, epoch, key, repeat), the same for every loader and rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from clips.errors import InputError
+from clips.mix import uniforms
+
+CROP_TRIES = 10
+DRAWS = 1 + 4 * CROP_TRIES  # one for the flip, then four a try: area, shape, place down and across
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Chance in training; evaluation uses the whole frame and the middle of each segment."""
+
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """The crop's share of the frame's area. Below .5 crops cut off the joints: with .08 a third of them lose over half."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """The crop's width over its height."""
+    hflip: float | None = None
+    """Chance of a left-right flip; default: 0.5, or 0 where a class name says left or right."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise InputError(f"--crop-scale {low} {high}: expected 0 < low <= high <= 1.")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise InputError(f"--crop-ratio {self.crop_ratio[0]} {self.crop_ratio[1]}: expected 0 < low <= high.")
+        if self.hflip is not None and not 0 <= self.hflip <= 1:
+            raise InputError(f"--hflip {self.hflip}: expected 0 … 1.")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A crop in pixels of the stored frame."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class View:
+    """What is taken from a clip: the crop and flip are the same for all its frames and for the keypoints."""
+
+    box: Box
+    flip: bool
+
+
+def frames_uniform(num_frames: int, frames_valid: int, draws: np.ndarray | None) -> np.ndarray:
+    """int64 (num_frames,), not descending: one frame of each of `num_frames` equal segments of the valid frames.
+
+    With `draws` in [0, 1) (num_frames,) a random one, without the middle one: TSN's sampling (Wang et al. 2016), as in
+    VideoMAE's and TimeSformer's Something-Something recipes. Fewer valid frames than asked are repeated in order.
+    """
+    borders = np.arange(num_frames + 1) * frames_valid // num_frames
+    begin, length = borders[:-1], np.maximum(np.diff(borders), 1)
+    inside = length // 2 if draws is None else np.floor(draws * length).astype(np.int64)
+    return np.minimum(begin + inside, frames_valid - 1)
+
+
+def training_draws(num_frames: int, seed: int, epoch: int, key: str, repeat: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The clip's own chance: draws for frames (num_frames,) and for the view (DRAWS,)."""
+    return uniforms(num_frames, "frames", seed, epoch, key, repeat), uniforms(DRAWS, "view", seed, epoch, key, repeat)
+
+
+def random_view(height: int, width: int, draws: np.ndarray, config: AugmentConfig, hflip: float) -> View:
+    """A random resized crop (area and aspect ratio drawn, as in Szegedy et al. 2015) and a flip with chance `hflip`."""
+    low, high = (math.log(ratio) for ratio in config.crop_ratio)
+    flip = bool(draws[0] < hflip)
+    for area_draw, ratio_draw, down, across in draws[1:].reshape(CROP_TRIES, 4):
+        area = height * width * (config.crop_scale[0] + area_draw * (config.crop_scale[1] - config.crop_scale[0]))
+        ratio = math.exp(low + ratio_draw * (high - low))
+        crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < crop_height <= height and 0 < crop_width <= width:
+            box = Box(int(down * (height - crop_height + 1)), int(across * (width - crop_width + 1)), crop_height, crop_width)
+            return View(box, flip)
+    return View(Box(0, 0, height, width), flip)
+
+
+def whole_view(height: int, width: int) -> View:
+    """The whole frame: a centre crop of 224 of 320 keeps 71 % of the joints and cuts hands off."""
+    return View(Box(0, 0, height, width), False)
+
+
+def move_points(points: np.ndarray, view: View, stored: tuple[int, int], source: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """int64 (M, 3) of t, y, x after crop, resize and flip: the pixel that each point's centre falls into; those outside are dropped.
+
+    `points` (N, 3) are in `source` (height, width) coordinates, the view's box in `stored` ones, the result in `size` ones.
+    """
+    y = (points[:, 1] + 0.5) * (stored[0] / source[0]) - view.box.top
+    x = (points[:, 2] + 0.5) * (stored[1] / source[1]) - view.box.left
+    inside = (y >= 0) & (y < view.box.height) & (x >= 0) & (x < view.box.width)
+    rows = np.floor(y[inside] * size[0] / view.box.height).astype(np.int64)
+    columns = np.floor(x[inside] * size[1] / view.box.width).astype(np.int64)
+    columns = size[1] - 1 - columns if view.flip else columns
+    return np.stack([points[inside, 0].astype(np.int64), rows, columns], axis=1)
+
+
+def hflip_chance(config: AugmentConfig, class_names: tuple[str, ...]) -> float:
+    """As asked; by default 0.5, or 0 where mirroring would change a class."""
+    if config.hflip is not None:
+        return config.hflip
+    return 0.0 if any(side in name.lower() for name in class_names for side in ("left", "right")) else 0.5

@@ -1,0 +1,81 @@
+"""Where clips come from: one interface for shards and for the unconverted folder, so that order, frames and crops are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from clips.clip import ClipSpec
+from clips.errors import InputError
+from clips.format import ClipFacts
+from clips.manifest import is_packed
+from clips.mix import hash64
+from clips.registry import resolve
+from clips.snippets import SPLITS
+
+from . import LOADERS
+
+ChooseFrames = Callable[[int], np.ndarray]  # from the number of valid frames to the chosen ones (T,)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What came with the frames: key and label as the clip itself says, and its chosen frames' points (N, 3) of t, y, x."""
+
+    key: str
+    label: int
+    points: np.ndarray | None
+
+
+class ClipSource(Protocol):
+    """One split, its clips numbered by sorted key (UTF-8 bytes)."""
+
+    facts: Sequence[ClipFacts]
+    class_names: tuple[str, ...]
+    stored: ClipSpec  # the geometry of the frames that `load` writes
+    source: ClipSpec  # the geometry that points are in
+
+    def load(self, number: int, choose: ChooseFrames, out: np.ndarray, with_points: bool) -> Loaded:
+        """Writes the chosen frames into `out`, uint8 (T, H, W, 3) of the stored geometry; raises ClipError naming the clip."""
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+
+    def close(self) -> None:
+        """Gives files back."""
+
+
+def open_source(home: Path, split: str, loader: str = "auto") -> ClipSource:
+    """The split's clips; `auto` takes webdataset for a folder of shards and npz for one of snippets."""
+    kind = resolve(LOADERS, loader_for(home) if loader == "auto" else loader, "--loader")
+    source: ClipSource = kind(home, split)
+    return source
+
+
+def loader_for(home: Path) -> str:
+    return "webdataset" if is_packed(home) else "npz"
+
+
+def splits_of(home: Path) -> list[str]:
+    """The splits under a home of either kind; InputError where there is none."""
+    if not home.is_dir():
+        raise InputError(f"--dataset-home {home}: no such folder; expected shards (manifest.json) or {{train,val,test}}/CLASS/*.npz.")
+    splits = [split for split in SPLITS if (home / split).is_dir()]
+    if not splits:
+        raise InputError(f"--dataset-home {home}: neither shards (manifest.json) nor snippets ({{train,val,test}}/CLASS/*.npz) below it.")
+    return splits
+
+
+def fraction(facts: Sequence[ClipFacts], share: float) -> list[int]:
+    """The numbers of a nested, stratified part: of each class the first `share` of its clips, rounded up, by their keys' hash."""
+    if not 0 < share <= 1:
+        raise InputError(f"--fraction {share}: expected above 0 and at most 1.")
+    chosen: list[int] = []
+    for label in {fact.label for fact in facts}:
+        members = sorted((number for number, fact in enumerate(facts) if fact.label == label), key=lambda number: hash64("fraction", facts[number].key))
+        chosen += members[: -int(-len(members) * share // 1)]
+    return sorted(chosen)
