@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, TypeVar, Union
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union
 
 import tyro
 
 from clips.errors import InputError
+from clips.registry import nearest
 
 Config = TypeVar("Config")
 
@@ -30,6 +33,39 @@ def parse_verb(verbs: Mapping[str, type], prog: str, description: str) -> object
     """The dataclass of the chosen verb, filled from the command line: `prog VERB --flag …`."""
     union = Union[tuple(Annotated[config, tyro.conf.subcommand(verb)] for verb, config in verbs.items())]  # noqa: UP007  # made at run time
     return parse(union, prog, description)  # type: ignore[arg-type]  # a union of dataclasses, which tyro takes
+
+
+def flatten(config: Any) -> dict[str, Any]:  # Any: a dataclass of dataclasses, and JSON
+    """Flag names to JSON values: what config.json holds."""
+    flat: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            flat |= flatten(value)
+        else:
+            flat[field.name] = str(value) if isinstance(value, Path) else value
+    return flat
+
+
+def with_values(default: Any, values: Mapping[str, Any], origin: str) -> Any:  # Any: as above
+    """The dataclass `default` with its fields, at any depth, replaced by `values` read from `origin`, which must all be flags."""
+    known = flatten(default)
+    if unknown := sorted(set(values) - set(known)):
+        raise InputError(f"{origin}: {', '.join(unknown)} are no flags of this command.{nearest(known, unknown[0])}")
+    return _replaced(default, values)
+
+
+def _replaced(default: Any, values: Mapping[str, Any]) -> Any:  # Any: as above
+    changed: dict[str, Any] = {}
+    for field in fields(default):
+        old = getattr(default, field.name)
+        if is_dataclass(old):
+            changed[field.name] = _replaced(old, values)
+        elif field.name in values:
+            value = values[field.name]
+            value = tuple(value) if isinstance(value, list) else value
+            changed[field.name] = Path(value) if isinstance(value, str) and "Path" in str(field.type) else value
+    return replace(default, **changed)
 
 
 def run(main: Callable[[], int | None]) -> int:

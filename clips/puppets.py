@@ -182,7 +182,7 @@ def room(source: tuple[object, ...], height: int, width: int) -> np.ndarray:
     picture = np.zeros((height, width, 3), np.float32) + np.float32(125)
     for cells, contrast in ((3, 90), (8, 45), (24, 14)):
         picture += (blurred(noise((*source, "room", cells), (cells + 1, cells + 1, 3)), height, width) - np.float32(0.5)) * np.float32(contrast)
-    grain = noise((*source, "grain"), (height, width, 1)) * np.float32(5)
+    grain = noise((*source, "grain"), (height, width, 1)) * np.float32(4)
     return (picture + grain).astype(np.uint8)
 
 

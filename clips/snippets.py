@@ -136,6 +136,14 @@ def key_of(path: str) -> str:
     return path.removesuffix(".npz").replace(".", "_")
 
 
+def unlabelled(file: Path) -> Snippet:
+    """A snippet outside any home: its key is its path as given, without suffix; its label, -1, is unknown."""
+    match = re.match(SOURCE_PATTERN, file.stem)
+    source, index = (match["source"], int(match["index"])) if match else (file.stem, None)
+    path = file.as_posix()
+    return Snippet(path, path.removesuffix(".npz"), "", "", -1, source, index, None, None, file.stat().st_size)
+
+
 def check_headers(home: Path, snippets: Sequence[Snippet], names: ArrayNames) -> tuple[ClipSpec, tuple[str, ...], list[Bad]]:
     """The geometry that most snippets have, the names of further arrays, and every snippet that cannot be packed.
 

@@ -1,9 +1,8 @@
-"""Made-up snippets in the users' very layout, whose classes differ in motion alone.
+"""Made-up snippets in the users' very layout: what tests, demos and benchmarks convert and train on.
 
-What a clip shows is in puppets.py; here is which clips there are: sources of up to six consecutive windows, each source in
-one split, its windows of all classes. Same arguments, same arrays, whatever the number of threads.
+    write_snippets -> plan_takes (which clips there are) -> puppets.perform (what a clip shows) -> npz
 
-    write_snippets -> plan_snippets -> puppets.perform -> npz
+Same arguments, same arrays, whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -37,60 +36,57 @@ def write_snippets(output: Path, num_clips: int, spec: ClipSpec = DEFAULT_SPEC, 
     """
     if num_clips < 1:
         raise InputError(f"--clips {num_clips}: expected at least 1")
-    if not classes or len(set(classes)) < len(classes) or any(Path(name).name != name for name in classes):
-        raise InputError(f"--classes {' '.join(classes)}: expected different folder names, at least one")
+    if not classes or len(set(classes)) < len(classes) or any(name in (".", "..") or Path(name).name != name for name in classes):
+        raise InputError(f"--classes {' '.join(classes)}: expected at least one, all different, each the name of a folder")
     home = Path(output) / HOME_NAME
-    plan = plan_snippets(num_clips, spec.frames, len(classes), seed)
+    files = {f"{split}/{classes[take.label]}/{take.window:09d}_{take.source}.npz": take for split, take in plan_takes(num_clips, spec.frames, len(classes), seed)}
     if home.exists():
-        check_same(home, plan, spec, classes, seed)
+        _check_same(home, files, spec, len(classes))
         return home
     part = home.with_name(f"{HOME_NAME}.part-{os.getpid()}")
     try:
-        with ThreadPoolExecutor(allocated_cpus()) as pool:  # zlib drops the GIL
-            list(pool.map(lambda snippet: write_snippet(part, snippet, spec, classes, seed), plan))
+        for folder in {(part / name).parent for name in files}:
+            folder.mkdir(parents=True)
+        with ThreadPoolExecutor(allocated_cpus()) as pool:  # zlib, where most of the time goes, lets other threads run
+            list(pool.map(lambda name: _write(part / name, files[name], spec, len(classes)), files))
         part.rename(home)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return home
 
 
-def plan_snippets(num_clips: int, frames: int, num_classes: int, seed: int) -> list[MadeUpSnippet]:
-    """What to write, in order: classes come in shuffled rounds, sources in runs of up to six windows."""
+def plan_takes(num_clips: int, frames: int, num_classes: int, seed: int) -> list[tuple[str, Take]]:
+    """Each clip's split and take: sources of consecutive windows, each in one split; classes come in shuffled rounds."""
     few = max(0, min(num_classes, (num_clips - num_classes) // 2))
     num_val = max(few, round(0.15 * num_clips))
-    plan: list[MadeUpSnippet] = []
+    takes = []
     num_sources = 0
     for split, num in (("train", num_clips - 2 * num_val), ("val", num_val), ("test", num_val)):
-        windows = min(WINDOWS_PER_SOURCE, math.ceil(num / 2))  # two sources at least, so that folds by source exist
+        windows = min(WINDOWS_PER_SOURCE, math.ceil(num / 2))  # two sources at least, where a split has two clips
         for number in range(num):
-            if number % windows == 0:
-                num_sources += 1
+            num_sources += number % windows == 0
             turn, place = divmod(number, num_classes)
-            label = sorted(range(num_classes), key=lambda k: unit(seed, split, turn, "class", k))[place]
-            padding = 1 + int(unit(seed, split, number, "padding") * frames / 2) if number % PADDED_EVERY == PADDED_EVERY - 1 else 0
-            plan.append(MadeUpSnippet(split, label, f"madeup_{num_sources:04d}", number % windows, max(1, frames - padding)))
-    return plan
+            label = sorted(range(num_classes), key=lambda k: unit(seed, split, turn, k))[place]  # noqa: B023 - used at once
+            padded = 1 + math.floor(unit(seed, split, number, "padding") * frames / 2) if number % PADDED_EVERY == PADDED_EVERY - 1 else 0
+            takes.append((split, Take(seed, f"madeup_{num_sources:04d}", number % windows, label, max(1, frames - padded))))
+    return takes
 
 
-def write_snippet(home: Path, snippet: MadeUpSnippet, spec: ClipSpec, classes: Sequence[str], seed: int) -> None:
-    folder = home / snippet.split / classes[snippet.label]
-    folder.mkdir(parents=True, exist_ok=True)
-    video, keypoints = perform(snippet.take(seed), snippet.label, len(classes), spec, snippet.frames_valid)
-    np.savez_compressed(folder / snippet.name, video=video, keypoints=keypoints)
+def _write(path: Path, take: Take, spec: ClipSpec, num_classes: int) -> None:
+    video, keypoints = perform(take, num_classes, spec)
+    np.savez_compressed(path, video=video, keypoints=keypoints)
 
 
-def check_same(home: Path, plan: Sequence[MadeUpSnippet], spec: ClipSpec, classes: Sequence[str], seed: int) -> None:
+def _check_same(home: Path, files: dict[str, Take], spec: ClipSpec, num_classes: int) -> None:
     """Raises InputError unless `home` holds the planned names and the first one holds what would be written."""
-    expected = {f"{snippet.split}/{classes[snippet.label]}/{snippet.name}" for snippet in plan}
     found = {path.relative_to(home).as_posix() for path in home.rglob("*.npz")}
-    same = expected == found
+    name, take = next(iter(files.items()))
+    same = found == set(files)
     if same:
-        first = home / plan[0].split / classes[plan[0].label] / plan[0].name
-        video, keypoints = perform(plan[0].take(seed), plan[0].label, len(classes), spec, plan[0].frames_valid)
-        with np.load(first, allow_pickle=False) as arrays:
-            same = np.array_equal(arrays["video"], video) and np.array_equal(arrays["keypoints"], keypoints)
+        with np.load(home / name, allow_pickle=False) as arrays:
+            same = all(np.array_equal(arrays[array], made) for array, made in zip(("video", "keypoints"), perform(take, num_classes, spec), strict=True))
     if not same:
         raise InputError(
-            f"{home}: holds {len(found)} snippets that differ from the {len(expected)} of {spec} asked for with seed {seed}. "
-            f"Remove that folder or choose another --output."
+            f"{home}: holds {len(found)} snippets that are not the {len(files)} of {spec} with this seed and these classes. "
+            "Remove that folder or choose another --output."
         )

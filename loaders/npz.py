@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from clips.errors import ClipError, InputError
 from clips.format import ClipFacts
 from clips.npz import BadNpz
-from clips.snippets import ArrayNames, check_headers, find, list_bad, read
+from clips.snippets import ArrayNames, Snippet, check_headers, find, list_bad, read, unlabelled
 
 from .shards import points_of_frames
 from .source import ChooseFrames, Loaded
@@ -22,14 +23,30 @@ class NpzSource:
         found = find(home)
         if split not in found.splits:
             raise InputError(f"--dataset-home {home}: no snippets in split {split}; there are some in {', '.join(found.splits)}.")
-        self._snippets = found.splits[split]
+        self._take(home, found.splits[split], found.classes)
+
+    @classmethod
+    def of_paths(cls, paths: Sequence[Path], class_names: tuple[str, ...]) -> NpzSource:
+        """Unlabelled snippets: npz files, or folders with such at any depth. Keys are paths as given, without suffix; labels are -1."""
+        files: list[Path] = []
+        for path in paths:
+            below = sorted(path.rglob("*.npz")) if path.is_dir() else [path]
+            if not below or not all(file.is_file() for file in below):
+                raise InputError(f"{path}: expected an npz file or a folder that holds some; found {'no npz in it' if path.is_dir() else 'nothing there'}.")
+            files += below
+        snippets = [unlabelled(file) for file in dict.fromkeys(files)]
+        source = cls.__new__(cls)
+        source._take(Path(), tuple(sorted(snippets, key=lambda snippet: snippet.key.encode())), class_names)
+        return source
+
+    def _take(self, home: Path, snippets: tuple[Snippet, ...], class_names: tuple[str, ...]) -> None:
         self._names = ArrayNames(keypoints_mode="optional")
-        spec, _, bad = check_headers(home, self._snippets, self._names)
+        spec, _, bad = check_headers(home, snippets, self._names)
         if bad:
-            raise list_bad(bad, len(self._snippets), "Mend or move these files.")
-        self._home, self.class_names, self.stored, self.source = home, found.classes, spec, spec
+            raise list_bad(bad, len(snippets), "Mend or move these files.")
+        self._home, self._snippets, self.class_names, self.stored, self.source = home, snippets, class_names, spec, spec
         # frames_valid is known only once a file is inflated; until then all frames count
-        self.facts = [ClipFacts(s.key, s.label, s.source, s.index, s.begin_ms, s.end_ms, spec.frames) for s in self._snippets]
+        self.facts = [ClipFacts(s.key, s.label, s.source, s.index, s.begin_ms, s.end_ms, spec.frames) for s in snippets]
 
     def describe(self) -> list[str]:
         return [

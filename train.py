@@ -1,0 +1,373 @@
+"""Fine-tunes a video transformer on packed clips: python train.py --dataset-home D --logger-folder L --epochs E --model-name M
+
+parse -> build (sources, model, optimiser) -> for each epoch: train, evaluate on val, keep the best, save -> best on test
+
+Clips lie in memory as (B, T, H, W, C) bytes, channels last, from the shard to the patch embedding; nothing permutes or
+normalises them on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from clips import command
+from clips.clip import ClipSpec
+from clips.environment import ranks
+from clips.errors import InputError
+from clips.manifest import fingerprint
+from clips.mix import hash64
+from loaders.batch import Batch
+from loaders.plan import Plan
+from loaders.sample import AugmentConfig, hflip_chance
+from loaders.source import ClipSource, fraction, loader_for, open_source, splits_of
+from loaders.stream import Loader, LoaderConfig, default_threads
+from models import ModelConfig, build_model, load_trained
+from training import checkpoint
+from training.distributed import Group, start
+from training.evaluation import METRICS, in_words, prediction_rows, probabilities
+from training.meter import Meter
+from training.metrics import evaluate, write_predictions
+from training.optimizer import OptimizerConfig, build_optimizer, set_lr
+from training.precision import Precision, largest_micro_batch
+from training.run_folder import RunFolder
+from training.schedule import ScheduleConfig, explain, lr_at
+
+logger = logging.getLogger("train")
+
+# What a resumed run may change: how clips are read and where things lie, nothing that changes the result.
+FREE = ("dataset_home", "loader", "threads", "prefetch", "micro_batch", "device", "log_every", "logger_folder")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tunes a video transformer to tell gesture from nongesture, or any classes apart."""
+
+    logger_folder: Path
+    """The run's folder; the same command again continues the run."""
+    epochs: int
+    """Passes over the training clips; a finished run continues when this grows."""
+    data: LoaderConfig
+    model: ModelConfig
+    augment: AugmentConfig = AugmentConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: int = 64
+    """Clips of one optimiser step over all ranks and accumulation."""
+    micro_batch: int | None = None
+    """Clips that a rank sees at once; default: on a GPU the most that fit, found once, on a CPU all of its batch."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Number format of the step; auto: bf16 where the GPU has it, fp16 with a loss scale on older ones, fp32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    seed: int = 0
+    """Of the order, the augmentation and the new head's dropout."""
+    fraction: float = 1.0
+    """Train on this share of the training clips: nested (a smaller share is part of a larger one) and the same for each class."""
+    best_metric: Literal["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"] = "auroc"
+    """The metric on val that chooses the best epoch; of equals the earlier."""
+    positive: str | None = None
+    """The positive class of F1, AUROC and average precision with two classes; default: the last, gesture."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl; only these steps wait for the GPU."""
+    config: Path | None = None
+    """A config.json of an earlier run: its values become the defaults."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size), ("log-every", self.log_every), ("micro-batch", self.micro_batch)):
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value}: expected at least 1.")
+
+
+@dataclass
+class Training:
+    """All that a run works with."""
+
+    config: TrainConfig
+    group: Group
+    folder: RunFolder
+    loader: Loader
+    val: Loader | None
+    model: nn.Module  # transformers' keys, never wrapped
+    wrapped: nn.Module  # the same in DistributedDataParallel where there are several ranks
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    class_names: tuple[str, ...]
+    step: int = 0
+    epoch: int = 0  # finished epochs
+    best: float | None = None
+
+
+def main() -> int:
+    """Parses, trains, and gives 0 also when the run was finished before."""
+    command.show_log(ranks().rank == 0)
+    config = parse(sys.argv[1:])
+    group = start(config.device)
+    folder = RunFolder(config.logger_folder, group.is_main)
+    try:
+        train(config, group, folder)
+    except KeyboardInterrupt:
+        folder.stop("interrupted")
+        raise
+    finally:
+        group.close()
+    return 0
+
+
+def parse(args: list[str]) -> TrainConfig:
+    """The configuration; `--config FILE` fills the defaults."""
+    default = None
+    if "--config" in args[:-1]:
+        path = Path(args[args.index("--config") + 1])
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"--config {path}: not readable as JSON ({error}). Give the config.json of a run.") from error
+        empty = TrainConfig(Path(), 1, LoaderConfig(Path()), ModelConfig("-"))
+        default = command.with_values(empty, {name: value for name, value in values.items() if name not in ("data", "class_names")}, str(path))
+    return command.parse(TrainConfig, "train.py", "Fine-tunes a video transformer on packed clips.", args, default)
+
+
+def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
+    """One run from where it stands to its end."""
+    home = config.data.dataset_home
+    splits = splits_of(home)
+    if "train" not in splits:
+        raise InputError(f"--dataset-home {home}: no split train; found {', '.join(splits)}.")
+    kind = loader_for(home) if config.data.loader == "auto" else config.data.loader
+    sources = {split: open_source(home, split, kind) for split in splits if split != "test"}
+    subset = fraction(sources["train"].facts, config.fraction)
+    state = _open_folder(config, group, folder, sources, subset)
+    if state == "finished":
+        logger.info(f"{config.logger_folder}: this run is finished; more --epochs would continue it")
+        return
+    saved = checkpoint.load_last(config.logger_folder) if state == "resume" else None
+    run = build(config, group, folder, sources, subset, saved)
+    _introduce(run, sources)
+    while run.epoch < config.epochs:
+        train_epoch(run)
+        validate(run)
+        _save(run)
+    if "test" in splits:
+        test(run, open_source(home, "test", kind))
+    folder.finish()
+    run.loader.close()
+
+
+def build(config: TrainConfig, group: Group, folder: RunFolder, sources: dict[str, ClipSource], subset: list[int], saved: dict[str, Any] | None) -> Training:
+    """Model, optimiser and loaders, at their start or as they were saved."""
+    class_names = sources["train"].class_names
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, class_names).to(group.device)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if group.world_size > 1 else model
+    precision = Precision(config.precision, group.device)
+    spec = model.spec
+    assert isinstance(spec, ClipSpec)
+    whole = Plan(len(subset), config.batch_size, max(1, config.batch_size // group.world_size), config.seed, group.rank, group.world_size)
+    if whole.steps_per_epoch == 0:
+        raise InputError(f"--batch-size {config.batch_size}: larger than the split train, which has {len(subset)} clips here. Take a smaller one.")
+    plan = replace(whole, micro_batch=config.micro_batch or _micro_batch(model, whole, precision, group, saved))
+    loader = make_loader(config, sources["train"], plan, spec, group, subset)
+    val = make_loader(config, sources["val"], replace(plan, num_clips=len(sources["val"].facts)), spec, group) if "val" in sources else None
+    run = Training(config, group, folder, loader, val, model, wrapped, build_optimizer(model, config.optimizer), precision, class_names)
+    folder.cut_back(saved["step"] if saved else 0)
+    if saved:
+        _restore(run, saved)
+    return run
+
+
+def make_loader(config: TrainConfig, source: ClipSource, plan: Plan, spec: ClipSpec, group: Group, subset: list[int] | None = None) -> Loader:
+    threads = config.data.threads or default_threads(ranks().local_world_size)
+    return Loader(source, plan, spec, group.device, threads, config.data.prefetch, subset, config.augment)
+
+
+def train_epoch(run: Training) -> None:
+    """One pass over the training clips, logged every `log_every` steps."""
+    config, plan = run.config, run.loader.plan
+    meter, total = Meter(), torch.zeros(2, device=run.group.device)  # of loss and clips since the last log line
+    batches = run.loader.training(run.epoch)
+    run.wrapped.train()
+    progress = tqdm(total=plan.steps_per_epoch, desc=f"epoch {run.epoch + 1}/{config.epochs}", unit="step", disable=None if run.group.is_main else True)
+    for _ in range(plan.steps_per_epoch):
+        lr = lr_at(run.step, plan.steps_per_epoch, config.epochs, config.batch_size, config.schedule)
+        set_lr(run.optimizer, lr)
+        total += torch.stack([train_step(run, batches, meter), torch.ones((), device=total.device)])
+        grad_norm = run.precision.step(run.optimizer, run.model.parameters(), config.optimizer.clip_grad)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        meter.step(config.batch_size)
+        progress.update()
+        if run.step % config.log_every == 0 or run.step % plan.steps_per_epoch == 0:
+            loss, steps = run.group.sum(total.tolist())
+            total.zero_()
+            record = {"loss": loss / steps, "lr": lr, "grad_norm": grad_norm.item(), **meter.report()}
+            run.folder.log({"step": run.step, "epoch": run.epoch} | {f"train/{name}": value for name, value in record.items()})
+            progress.set_postfix(loss=f"{record['loss']:.4f}", clips_per_s=f"{record.get('clips_per_s', 0):.1f}")
+    progress.close()
+    run.epoch += 1
+    speed = meter.report_epoch()
+    run.folder.log({"step": run.step, "epoch": run.epoch} | {f"epoch/{name}": value for name, value in speed.items()})
+    logger.info(
+        f"epoch {run.epoch}/{config.epochs}: train loss {record['loss']:.4f}, {speed['clips_per_s']:.1f} clips/s, "
+        f"data wait {speed['data_wait_percent']:.1f} % of the step"
+    )
+
+
+def train_step(run: Training, batches: Iterator[Batch], meter: Meter) -> torch.Tensor:
+    """Forward and backward over the micro-batches of one optimiser step; this rank's mean loss, on the device."""
+    plan = run.loader.plan
+    torch.manual_seed(hash64("step", run.config.seed, run.step, run.group.rank) >> 1)  # dropout's chance is the step's own: a resume needs no saved state
+    accumulate = plan.rank_batch // plan.micro_batch
+    total = torch.zeros((), device=run.group.device)
+    for number in range(accumulate):
+        with meter.waiting():
+            batch = next(batches)
+        last = number == accumulate - 1
+        with nullcontext() if last or run.wrapped is run.model else run.wrapped.no_sync():  # type: ignore[operator]  # DistributedDataParallel's
+            with run.precision.autocast():
+                logits = run.wrapped(batch.video)
+            losses = F.cross_entropy(logits.float(), batch.label, reduction="none") * batch.weight
+            loss = losses.sum() / plan.rank_batch  # DistributedDataParallel then means over the ranks
+            run.precision.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def validate(run: Training) -> None:
+    """Metrics on val to the log; the best epoch so far is saved as a transformers folder."""
+    if run.val is None:
+        metrics: dict[str, Any] = {}
+        logger.info("no split val: the last epoch counts as the best")
+    else:
+        metrics = measure(run.model, run.val, run.precision, run.group, run.config.positive)
+        run.folder.log({"step": run.step, "epoch": run.epoch} | {f"val/{name}": metrics[name] for name in (*METRICS, "confusion")})
+        logger.info("val: " + in_words(metrics))
+    value = metrics.get(run.config.best_metric)
+    if value is None and run.val is not None:
+        logger.info(f"val: {run.config.best_metric} is undefined here ({'; '.join(metrics['notes'])}); this epoch is kept as the best")
+    score = None if value is None else -value if run.config.best_metric == "loss" else value
+    if score is None or run.best is None or score > run.best:
+        run.best = score
+        if run.group.is_main:
+            note = {"epoch": run.epoch, "seed": run.config.seed} | {f"val {name}": metrics[name] for name in METRICS if metrics.get(name) is not None}
+            run.model.save(run.folder.path / "best", run.class_names, note)  # type: ignore[operator]  # every model of ours has it
+
+
+def test(run: Training, source: ClipSource) -> None:
+    """The best epoch's metrics and predictions on test."""
+    run.group.barrier()  # rank 0 has written best/
+    model, _ = load_trained(run.folder.path / "best")
+    plan = replace(run.loader.plan, num_clips=len(source.facts))
+    loader = make_loader(run.config, source, plan, run.loader.spec, run.group)
+    scores = probabilities(model.to(run.group.device), loader.evaluation(), len(source.facts), run.precision, run.group)
+    labels = [fact.label for fact in source.facts]
+    metrics = evaluate(labels, scores, run.class_names, run.config.positive)
+    loader.close()
+    run.folder.log({"step": run.step, "epoch": run.epoch} | {f"test/{name}": metrics[name] for name in (*METRICS, "confusion")})
+    if run.group.is_main:
+        write_predictions(run.folder.path / "predictions-test.csv", prediction_rows(source.facts, "test", scores), run.class_names)
+        logger.info("test, best epoch: " + in_words(metrics))
+
+
+def measure(model: nn.Module, loader: Loader, precision: Precision, group: Group, positive: str | None) -> dict[str, Any]:
+    scores = probabilities(model, loader.evaluation(), len(loader.source.facts), precision, group)
+    return evaluate([fact.label for fact in loader.source.facts], scores, loader.source.class_names, positive)
+
+
+def _open_folder(config: TrainConfig, group: Group, folder: RunFolder, sources: dict[str, ClipSource], subset: list[int]) -> str:
+    """new, resume or finished, decided by rank 0 for all; an error of rank 0 is raised on all."""
+    answer: str | InputError = ""
+    if group.is_main:
+        identity = command.flatten(config)
+        identity.pop("config")
+        facts = {split: source.facts for split, source in sources.items()} | {"train": [sources["train"].facts[number] for number in subset]}
+        identity["data"] = {split: fingerprint([f.key for f in part], [f.label for f in part]) for split, part in facts.items()}
+        identity["class_names"] = list(sources["train"].class_names)
+        try:
+            answer = folder.open(identity, FREE)
+        except InputError as error:
+            answer = error
+    answer = group.broadcast_object(answer)
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+def _introduce(run: Training, sources: dict[str, ClipSource]) -> None:
+    """What this run is, in the log."""
+    config, plan = run.config, run.loader.plan
+    for split, source in sources.items():
+        counts = [sum(fact.label == label for fact in source.facts) for label in range(len(run.class_names))]
+        classes = ", ".join(f"{count} {name}" for count, name in zip(counts, run.class_names, strict=True))
+        logger.info(f"{split}: {'; '.join(source.describe())} ({classes})")
+        if 0 in counts:
+            logger.info(f"{split}: has no clip of {', '.join(name for count, name in zip(counts, run.class_names, strict=True) if not count)}")
+    lines = run.model.describe()  # type: ignore[operator]  # every model of ours has it
+    lines += explain(config.epochs, plan.steps_per_epoch, config.batch_size, config.schedule)
+    lines.append(
+        f"step: {config.batch_size} clips over {run.group.world_size} ranks, {plan.micro_batch} at once, {run.precision.mode} on {run.group.device}, "
+        f"{plan.steps_per_epoch} steps an epoch, flip chance {hflip_chance(config.augment, run.class_names)}"
+    )
+    lines.append("channels-last: clips stay (B, T, H, W, C) bytes from the shard to the patch embedding, which normalises them")
+    for line in lines:
+        logger.info(line)
+
+
+def _micro_batch(model: nn.Module, plan: Plan, precision: Precision, group: Group, saved: dict[str, Any] | None) -> int:
+    """All of a rank's step on a CPU; on a GPU the most clips whose step fits in its memory, the least over all ranks, found once."""
+    if group.device.type != "cuda":
+        return plan.rank_batch
+    if saved and plan.rank_batch % saved["micro_batch"] == 0:
+        return int(saved["micro_batch"])
+
+    def fits(size: int) -> bool:
+        try:
+            with precision.autocast():
+                loss = model(torch.zeros((size, *model.spec.video_shape), dtype=torch.uint8, device=group.device)).float().sum()
+            loss.backward()
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        return True
+
+    return min(group.gather_objects(largest_micro_batch(fits, plan.rank_batch)))
+
+
+def _save(run: Training) -> None:
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.precision.state_dict(),
+        "step": run.step,
+        "epoch": run.epoch,
+        "best": run.best,
+        "micro_batch": run.loader.plan.micro_batch,
+    }
+    if run.group.is_main:
+        checkpoint.save(run.folder.path, run.step, state)
+
+
+def _restore(run: Training, saved: dict[str, Any]) -> None:
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.precision.load_state_dict(saved["scaler"])
+    run.step, run.epoch, run.best = saved["step"], saved["epoch"], saved["best"]
+    logger.info(f"continuing after epoch {run.epoch}, step {run.step}")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))
