@@ -11,14 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -29,7 +27,6 @@ from clips.environment import ranks
 from clips.errors import InputError
 from clips.manifest import fingerprint
 from clips.mix import hash64
-from loaders.batch import Batch
 from loaders.plan import Plan
 from loaders.sample import AugmentConfig, hflip_chance
 from loaders.source import ClipSource, fraction, loader_for, open_source, splits_of
@@ -44,6 +41,7 @@ from training.optimizer import OptimizerConfig, build_optimizer, set_lr
 from training.precision import Precision, largest_micro_batch
 from training.run_folder import RunFolder
 from training.schedule import ScheduleConfig, explain, lr_at
+from training.step import fits, gradients
 
 logger = logging.getLogger("train")
 
@@ -61,9 +59,9 @@ class TrainConfig:
     """Passes over the training clips; a finished run continues when this grows."""
     data: LoaderConfig
     model: ModelConfig
-    augment: AugmentConfig = AugmentConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 64
     """Clips of one optimiser step over all ranks and accumulation."""
     micro_batch: int | None = None
@@ -149,13 +147,16 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     kind = loader_for(home) if config.data.loader == "auto" else config.data.loader
     sources = {split: open_source(home, split, kind) for split in splits if split != "test"}
     subset = fraction(sources["train"].facts, config.fraction)
-    state = _open_folder(config, group, folder, sources, subset)
+    identity = identify(config, sources, subset)
+    state = _on_main(group, lambda: folder.look(identity, FREE))
     if state == "finished":
         logger.info(f"{config.logger_folder}: this run is finished; more --epochs would continue it")
         return
     saved = checkpoint.load_last(config.logger_folder) if state == "resume" else None
     run = build(config, group, folder, sources, subset, saved)
     _introduce(run, sources)
+    folder.begin(identity)
+    folder.cut_back(run.step)
     while run.epoch < config.epochs:
         train_epoch(run)
         validate(run)
@@ -182,7 +183,6 @@ def build(config: TrainConfig, group: Group, folder: RunFolder, sources: dict[st
     loader = make_loader(config, sources["train"], plan, spec, group, subset)
     val = make_loader(config, sources["val"], replace(plan, num_clips=len(sources["val"].facts)), spec, group) if "val" in sources else None
     run = Training(config, group, folder, loader, val, model, wrapped, build_optimizer(model, config.optimizer), precision, class_names)
-    folder.cut_back(saved["step"] if saved else 0)
     if saved:
         _restore(run, saved)
     return run
@@ -203,16 +203,18 @@ def train_epoch(run: Training) -> None:
     for _ in range(plan.steps_per_epoch):
         lr = lr_at(run.step, plan.steps_per_epoch, config.epochs, config.batch_size, config.schedule)
         set_lr(run.optimizer, lr)
-        total += torch.stack([train_step(run, batches, meter), torch.ones((), device=total.device)])
+        torch.manual_seed(hash64("step", config.seed, run.step, run.group.rank) >> 1)  # dropout's chance is the step's own: a resume needs no saved state
+        loss = gradients(run.wrapped, batches, plan.rank_batch // plan.micro_batch, plan.rank_batch, run.precision, meter)
+        total += torch.stack([loss, torch.ones_like(loss)])
         grad_norm = run.precision.step(run.optimizer, run.model.parameters(), config.optimizer.clip_grad)
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
         meter.step(config.batch_size)
         progress.update()
         if run.step % config.log_every == 0 or run.step % plan.steps_per_epoch == 0:
-            loss, steps = run.group.sum(total.tolist())
+            loss_sum, num_steps = run.group.sum(total.tolist())
             total.zero_()
-            record = {"loss": loss / steps, "lr": lr, "grad_norm": grad_norm.item(), **meter.report()}
+            record = {"loss": loss_sum / num_steps, "lr": lr, "grad_norm": grad_norm.item(), **meter.report()}
             run.folder.log({"step": run.step, "epoch": run.epoch} | {f"train/{name}": value for name, value in record.items()})
             progress.set_postfix(loss=f"{record['loss']:.4f}", clips_per_s=f"{record.get('clips_per_s', 0):.1f}")
     progress.close()
@@ -223,26 +225,6 @@ def train_epoch(run: Training) -> None:
         f"epoch {run.epoch}/{config.epochs}: train loss {record['loss']:.4f}, {speed['clips_per_s']:.1f} clips/s, "
         f"data wait {speed['data_wait_percent']:.1f} % of the step"
     )
-
-
-def train_step(run: Training, batches: Iterator[Batch], meter: Meter) -> torch.Tensor:
-    """Forward and backward over the micro-batches of one optimiser step; this rank's mean loss, on the device."""
-    plan = run.loader.plan
-    torch.manual_seed(hash64("step", run.config.seed, run.step, run.group.rank) >> 1)  # dropout's chance is the step's own: a resume needs no saved state
-    accumulate = plan.rank_batch // plan.micro_batch
-    total = torch.zeros((), device=run.group.device)
-    for number in range(accumulate):
-        with meter.waiting():
-            batch = next(batches)
-        last = number == accumulate - 1
-        with nullcontext() if last or run.wrapped is run.model else run.wrapped.no_sync():  # type: ignore[operator]  # DistributedDataParallel's
-            with run.precision.autocast():
-                logits = run.wrapped(batch.video)
-            losses = F.cross_entropy(logits.float(), batch.label, reduction="none") * batch.weight
-            loss = losses.sum() / plan.rank_batch  # DistributedDataParallel then means over the ranks
-            run.precision.backward(loss)
-        total += loss.detach()
-    return total
 
 
 def validate(run: Training) -> None:
@@ -286,17 +268,20 @@ def measure(model: nn.Module, loader: Loader, precision: Precision, group: Group
     return evaluate([fact.label for fact in loader.source.facts], scores, loader.source.class_names, positive)
 
 
-def _open_folder(config: TrainConfig, group: Group, folder: RunFolder, sources: dict[str, ClipSource], subset: list[int]) -> str:
-    """new, resume or finished, decided by rank 0 for all; an error of rank 0 is raised on all."""
+def identify(config: TrainConfig, sources: dict[str, ClipSource], subset: list[int]) -> dict[str, Any]:
+    """What a run is, as config.json: its flags, its classes and its data, which are the same from npz and from shards."""
+    facts = {split: source.facts for split, source in sources.items()} | {"train": [sources["train"].facts[number] for number in subset]}
+    data = {split: fingerprint([fact.key for fact in part], [fact.label for fact in part]) for split, part in facts.items()}
+    flags = {name: value for name, value in command.flatten(config).items() if name != "config"}
+    return {**flags, "data": data, "class_names": list(sources["train"].class_names)}
+
+
+def _on_main(group: Group, ask: Callable[[], str]) -> str:
+    """Rank 0's answer on all ranks; an InputError of rank 0 is raised on all."""
     answer: str | InputError = ""
     if group.is_main:
-        identity = command.flatten(config)
-        identity.pop("config")
-        facts = {split: source.facts for split, source in sources.items()} | {"train": [sources["train"].facts[number] for number in subset]}
-        identity["data"] = {split: fingerprint([f.key for f in part], [f.label for f in part]) for split, part in facts.items()}
-        identity["class_names"] = list(sources["train"].class_names)
         try:
-            answer = folder.open(identity, FREE)
+            answer = ask()
         except InputError as error:
             answer = error
     answer = group.broadcast_object(answer)
@@ -331,20 +316,9 @@ def _micro_batch(model: nn.Module, plan: Plan, precision: Precision, group: Grou
         return plan.rank_batch
     if saved and plan.rank_batch % saved["micro_batch"] == 0:
         return int(saved["micro_batch"])
-
-    def fits(size: int) -> bool:
-        try:
-            with precision.autocast():
-                loss = model(torch.zeros((size, *model.spec.video_shape), dtype=torch.uint8, device=group.device)).float().sum()
-            loss.backward()
-        except torch.cuda.OutOfMemoryError:
-            return False
-        finally:
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-        return True
-
-    return min(group.gather_objects(largest_micro_batch(fits, plan.rank_batch)))
+    shape = model.spec.video_shape  # type: ignore[union-attr]  # a ClipSpec
+    found = largest_micro_batch(lambda size: fits(model, shape, size, precision), plan.rank_batch)  # type: ignore[arg-type]  # likewise
+    return min(group.gather_objects(found))
 
 
 def _save(run: Training) -> None:

@@ -7,17 +7,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, Union
 
 import tyro
 
 from clips.errors import InputError
 from clips.registry import nearest
 
-Config = TypeVar("Config")
 
-
-def parse(config: type[Config], prog: str, description: str, args: Sequence[str] | None = None, default: Config | None = None) -> Config:
+# Any: a dataclass or a union of them, and an instance
+def parse(config: Any, prog: str, description: str, args: Sequence[str] | None = None, default: Any = None) -> Any:
     """The dataclass filled from the command line: nested dataclasses give flat flags, lists are separated by spaces."""
     return tyro.cli(
         config,
@@ -31,8 +30,9 @@ def parse(config: type[Config], prog: str, description: str, args: Sequence[str]
 
 def parse_verb(verbs: Mapping[str, type], prog: str, description: str) -> object:
     """The dataclass of the chosen verb, filled from the command line: `prog VERB --flag …`."""
-    union = Union[tuple(Annotated[config, tyro.conf.subcommand(verb)] for verb, config in verbs.items())]  # noqa: UP007  # made at run time
-    return parse(union, prog, description)  # type: ignore[arg-type]  # a union of dataclasses, which tyro takes
+    named = tuple(Annotated[config, tyro.conf.subcommand(verb)] for verb, config in verbs.items())
+    union = Union[named]  # type: ignore[valid-type]  # noqa: UP007  # made at run time
+    return parse(union, prog, description)
 
 
 def flatten(config: Any) -> dict[str, Any]:  # Any: a dataclass of dataclasses, and JSON

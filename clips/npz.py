@@ -54,7 +54,7 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, n
 def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:  # the last two: damage in the directory at the end
         raise BadNpz(f"not a whole npz ({error}); it was probably cut short") from error
     except OSError as error:
         raise BadNpz(f"cannot be read ({error.strerror or error})") from error
@@ -101,7 +101,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.compress_type == zipfile.ZIP_DEFLATED:
         try:
             blob = isal_zlib.decompress(blob, -15, max(1, info.file_size))
-        except isal_zlib.error as error:
+        except isal_zlib.error as error:  # type: ignore[misc]  # isal's stub does not say that it is an exception
             raise BadNpz(f"member {info.filename} does not inflate ({error})") from error
     if len(blob) != info.file_size or isal_zlib.crc32(blob) != info.CRC:
         raise BadNpz(f"member {info.filename} is damaged: its checksum or size is not the recorded one")
@@ -114,8 +114,9 @@ def _header(member: bytes, name: str) -> ArrayHeader:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read(stream)
-    except ValueError as error:
-        raise BadNpz(f"member {name} is not an npy array ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # numpy hands the text to Python's parser: TokenError, TypeError, RecursionError, … where it is damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadNpz(f"member {name} is not an npy array ({reason})") from error
     return ArrayHeader(dtype, shape, fortran_order, stream.tell())
 
 
@@ -128,4 +129,4 @@ def _array(member: bytes, name: str) -> np.ndarray:
         array = flat.reshape(header.shape, order="F" if header.fortran_order else "C")
     except ValueError as error:
         raise BadNpz(f"array {name}: {len(member) - header.data_offset} bytes do not make {header} ({error})") from error
-    return np.ascontiguousarray(array)
+    return np.require(array, requirements="C")  # not ascontiguousarray, which gives a number one dimension

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clips.codecs import Codec, make_codec
 from clips.clip import ClipSpec
+from clips.codecs import Codec, make_codec
 from clips.format import ClipFacts, pack_array, pack_frames, pack_json, pack_points
 from clips.snippets import ArrayNames, Content, Snippet, read
 

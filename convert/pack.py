@@ -137,7 +137,8 @@ def _settle(config: PackConfig, home: source.Home) -> tuple[Manifest, Recipe]:
         "kept": list(kept),
         "dropped": sorted(set(extras) - set(kept)),
     }
-    manifest = Manifest(codec.name, codec.settings(), spec, stored, home.classes, {"folder": home.path.name} | (home.settings or {}), arrays, config.source_pattern)
+    where = {"folder": home.path.name, **(home.settings or {})}
+    manifest = Manifest(codec.name, codec.settings(), spec, stored, home.classes, where, arrays, config.source_pattern)
     return manifest, Recipe(codec.name, codec.settings(), spec, stored, names, tuple(kept))
 
 
@@ -154,7 +155,8 @@ def stored_spec(source_spec: ClipSpec, store_size: int | None) -> ClipSpec:
 def _plans(config: PackConfig, home: source.Home, manifest: Manifest) -> list[SplitPlan]:
     codec = make_codec(manifest.codec, manifest.codec_settings)
     per_shard = clips_per_shard(codec, manifest.stored, config.shard_mib)
-    return [plan_split(split, snippets, manifest.settings() | {"length_ms": manifest.home.get("length_ms")}, per_shard) for split, snippets in home.splits.items()]
+    settings = manifest.settings() | {"length_ms": manifest.home.get("length_ms")}
+    return [plan_split(split, snippets, settings, per_shard) for split, snippets in home.splits.items()]
 
 
 def _claim(output: Path, manifest: Manifest, plans: Sequence[SplitPlan]) -> None:

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from clips.codecs import Codec
 from clips.clip import ClipSpec
+from clips.codecs import Codec
 from clips.format import FORMAT_VERSION, FRAME
 from clips.mix import permutation
 from clips.snippets import Snippet
@@ -58,7 +59,7 @@ def deal(snippets: Sequence[Snippet], clips_per_shard: int) -> tuple[tuple[Snipp
     num_shards = -(-len(spread) // clips_per_shard)
     borders = [number * len(spread) // num_shards for number in range(num_shards + 1)]
     shards = []
-    for number, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for number, (begin, end) in enumerate(pairwise(borders)):
         members = [snippet for _, _, snippet in spread[begin:end]]
         shards.append(tuple(members[place] for place in permutation(len(members), "inside", SEED, number)))
     return tuple(shards)

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -26,7 +27,7 @@ from clips.codecs import make_codec
 from clips.environment import allocated_cpus
 from clips.errors import ClipError, InputError
 from clips.files import sha256_of
-from clips.format import FormatError, IndexEntry, unpack_array, unpack_map, unpack_points
+from clips.format import IndexEntry, unpack_array, unpack_map, unpack_points
 from clips.keypoints import mask_of
 from clips.manifest import Manifest, ShardEntry, index_path, read_index, read_manifest, tar_path
 from clips.npz import BadNpz
@@ -184,7 +185,7 @@ def _clip_problems(
         yield from _against_npz(manifest, entry, video, keypoints, home, snippets, lossless, report)
 
 
-def _decode(manifest: Manifest, entry: IndexEntry, frames: dict, video: np.ndarray) -> str | None:  # type: ignore[type-arg]  # a msgpack map
+def _decode(manifest: Manifest, entry: IndexEntry, frames: dict[str, Any], video: np.ndarray) -> str | None:  # Any: a msgpack map
     """Fills `video`; the reason when the frames are not as promised."""
     codec = make_codec(manifest.codec, manifest.codec_settings)
     blobs = frames.get("frames", [])
@@ -234,7 +235,8 @@ def _against_npz(
     except BadNpz as error:
         yield f"its npz cannot be read: {error}"
         return
-    if (content.keypoints is None) != (keypoints is None) or (keypoints is not None and not np.array_equal(content.keypoints, keypoints)):
+    theirs = content.keypoints
+    if (theirs is None) != (keypoints is None) or (theirs is not None and keypoints is not None and not np.array_equal(theirs, keypoints)):
         yield f"keypoints differ from {home / snippet.path}"
     expected = stored_frames(content.video, manifest.stored)
     if lossless and not np.array_equal(expected, video):

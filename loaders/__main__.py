@@ -29,8 +29,6 @@ class OrderConfig:
     """The folder of shards that pack wrote, or the unconverted folder of npz snippets: the order is the same."""
     split: str = "train"
     """train, val or test."""
-    loader: str = "auto"
-    """webdataset, npz, or auto: whichever fits the folder."""
     seed: int = 0
     """The training's seed."""
     epoch: int = 0
@@ -49,7 +47,7 @@ class OrderConfig:
 
 def order_lines(config: OrderConfig) -> Iterator[str]:
     """One JSON line a step and rank, in the order of steps; raises InputError as training would."""
-    source = open_source(config.dataset_home, config.split, config.loader)
+    source = open_source(config.dataset_home, config.split)
     keys = [fact.key for fact in source.facts]
     source.close()
     shares = [_shares(config, len(keys), rank) for rank in range(config.world_size)]

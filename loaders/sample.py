@@ -93,14 +93,16 @@ def move_points(points: np.ndarray, view: View, stored: tuple[int, int], source:
     """int64 (M, 3) of t, y, x after crop, resize and flip: the pixel that each point's centre falls into; those outside are dropped.
 
     `points` (N, 3) are in `source` (height, width) coordinates, the view's box in `stored` ones, the result in `size` ones.
+    In whole numbers of 1 / (2 source) stored pixels: with floats a centre on an edge fell to either side.
     """
-    y = (points[:, 1] + 0.5) * (stored[0] / source[0]) - view.box.top
-    x = (points[:, 2] + 0.5) * (stored[1] / source[1]) - view.box.left
-    inside = (y >= 0) & (y < view.box.height) & (x >= 0) & (x < view.box.width)
-    rows = np.floor(y[inside] * size[0] / view.box.height).astype(np.int64)
-    columns = np.floor(x[inside] * size[1] / view.box.width).astype(np.int64)
+    points = points.astype(np.int64)
+    y = (2 * points[:, 1] + 1) * stored[0] - 2 * source[0] * view.box.top
+    x = (2 * points[:, 2] + 1) * stored[1] - 2 * source[1] * view.box.left
+    height, width = 2 * source[0] * view.box.height, 2 * source[1] * view.box.width
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    rows, columns = y[inside] * size[0] // height, x[inside] * size[1] // width
     columns = size[1] - 1 - columns if view.flip else columns
-    return np.stack([points[inside, 0].astype(np.int64), rows, columns], axis=1)
+    return np.stack([points[inside, 0], rows, columns], axis=1)
 
 
 def hflip_chance(config: AugmentConfig, class_names: tuple[str, ...]) -> float:

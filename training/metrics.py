@@ -1,0 +1,157 @@
+"""What a model is worth on a split, and the table of its predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
+
+from clips.errors import InputError
+from clips.files import whole_file
+
+SMALLEST_PROBABILITY = 1e-12  # a probability of 0 for the true class would make the loss of a whole split infinite
+FIRST_COLUMNS = ("key", "split", "label", "prediction")
+LAST_COLUMNS = ("source", "begin_ms", "end_ms")
+
+
+def evaluate(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: Sequence[str], positive: str | None = None) -> dict[str, float | list | None]:
+    """The metrics of labels int (N,) and probabilities (N, K); what is undefined is None, with its reason in `notes`.
+
+    Accuracy, balanced accuracy, F1 and confusion (rows: label, columns: prediction) use the most probable class, the earlier one of equals.
+    Two classes: F1, AUROC and average precision of the class `positive`, by default the last. More: the mean over the classes, each against
+    the rest. The loss is the mean of -log p(label). AUROC counts equal scores as half.
+    """
+    truth, scores, num_classes = np.asarray(labels, dtype=np.int64), np.asarray(probabilities, dtype=np.float64), len(class_names)
+    check_shapes(truth, scores, num_classes, class_names, positive)
+    if len(truth) == 0:
+        return undefined("the split has no clips.")
+    if num_bad := int((~np.isfinite(scores)).any(axis=1).sum()):
+        return undefined(f"{num_bad} of {len(truth)} clips have a probability that is not finite: the model diverged.")
+    predictions = scores.argmax(axis=1)
+    confusion = confusion_matrix(truth, predictions, labels=range(num_classes))
+    one_class = list(class_names).index(positive) if positive is not None else num_classes - 1
+    counted = [one_class] if num_classes == 2 else list(range(num_classes))
+    return {
+        "loss": float(-np.log(np.maximum(scores[np.arange(len(truth)), truth], SMALLEST_PROBABILITY)).mean()),
+        "accuracy": float((predictions == truth).mean()),
+        "balanced_accuracy": mean_or_none([recall(confusion, index) for index in range(num_classes)]),
+        "f1": mean_or_none([f1(confusion, index) for index in counted]),
+        "auroc": mean_or_none([auroc(truth == index, scores[:, index]) for index in counted]),
+        "average_precision": mean_or_none([average_precision(truth == index, scores[:, index]) for index in counted]),
+        "confusion": confusion.tolist(),
+        "notes": notes(confusion, class_names, counted),
+    }
+
+
+def check_shapes(labels: np.ndarray, probabilities: np.ndarray, num_classes: int, class_names: Sequence[str], positive: str | None) -> None:
+    """Raises ValueError for arrays that do not belong together, InputError for a positive class that does not exist."""
+    if labels.ndim != 1 or probabilities.shape != (len(labels), num_classes):
+        raise ValueError(f"labels {labels.shape} and probabilities {probabilities.shape}: expected (N,) and (N, {num_classes}).")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}: expected 0 to {num_classes - 1}.")
+    if positive is not None and positive not in class_names:
+        raise InputError(f"positive class {positive!r}: expected one of {', '.join(class_names)}.")
+
+
+def undefined(reason: str) -> dict[str, float | list | None]:
+    """All metrics None, for one reason."""
+    names = ("loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision", "confusion")
+    return {**dict.fromkeys(names), "notes": [reason]}
+
+
+def recall(confusion: np.ndarray, index: int) -> float | None:
+    """The share of the class's clips that were found; None without such clips."""
+    clips = int(confusion[index].sum())
+    return float(confusion[index, index] / clips) if clips else None
+
+
+def f1(confusion: np.ndarray, index: int) -> float | None:
+    """2 TP / (2 TP + FP + FN); None for a class without clips, whose F1 says nothing about the model."""
+    clips = int(confusion[index].sum())
+    return float(2 * confusion[index, index] / (clips + confusion[:, index].sum())) if clips else None
+
+
+def auroc(is_class: np.ndarray, scores: np.ndarray) -> float | None:
+    """The chance that a clip of the class scores above another; None when one of both kinds is missing."""
+    return float(roc_auc_score(is_class, scores)) if 0 < is_class.sum() < len(is_class) else None
+
+
+def average_precision(is_class: np.ndarray, scores: np.ndarray) -> float | None:
+    """The area under the precision-recall steps; None without clips of the class."""
+    return float(average_precision_score(is_class, scores)) if is_class.any() else None
+
+
+def mean_or_none(values: list[float | None]) -> float | None:
+    """The mean, or None when one value is: a mean over fewer classes would be another quantity under the same name."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def notes(confusion: np.ndarray, class_names: Sequence[str], counted: list[int]) -> list[str]:
+    """Why metrics are None."""
+    reasons = []
+    for index, name in enumerate(class_names):
+        if confusion[index].sum() == 0:
+            lost = "balanced accuracy, F1, AUROC and average precision" if index in counted else "balanced accuracy and AUROC"
+            reasons.append(f"no clip of class {name} in this split: {lost} are undefined.")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One clip's row: `label` is the class's index, None where it is unknown; `probabilities` (K,) is None for a clip that could not be read."""
+
+    key: str
+    split: str
+    label: int | None
+    probabilities: Sequence[float] | None
+    source: str | None = None
+    begin_ms: float | None = None
+    end_ms: float | None = None
+
+
+def write_predictions(path: Path, rows: Iterable[Prediction], class_names: Sequence[str]) -> None:
+    """A CSV file with names of classes instead of numbers; probabilities keep all bits of fp32 (9 digits)."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*FIRST_COLUMNS, *(f"p_{name}" for name in class_names), *LAST_COLUMNS])
+    for row in rows:
+        label = "" if row.label is None else class_names[row.label]
+        scores = [""] * len(class_names) if row.probabilities is None else [f"{p:.9g}" for p in row.probabilities]
+        prediction = "" if row.probabilities is None else class_names[int(np.argmax(row.probabilities))]
+        writer.writerow([row.key, row.split, label, prediction, *scores, row.source, row.begin_ms, row.end_ms])  # csv writes None as empty
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def read_predictions(path: Path) -> tuple[list[Prediction], tuple[str, ...]]:
+    """The rows of `write_predictions` and the class names in label order."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        names = tuple(name.removeprefix("p_") for name in header[len(FIRST_COLUMNS) : -len(LAST_COLUMNS)])
+        if header != [*FIRST_COLUMNS, *(f"p_{name}" for name in names), *LAST_COLUMNS]:
+            raise InputError(f"{path}: expected the columns of a predictions file (key, split, label, …), found {', '.join(header) or 'an empty file'}.")
+        return [read_row(path, dict(zip(header, line, strict=True)), names) for line in reader], names
+
+
+def read_row(path: Path, cells: dict[str, str], class_names: tuple[str, ...]) -> Prediction:
+    """One line of the file."""
+    if cells["label"] and cells["label"] not in class_names:
+        raise InputError(f"{path}: clip {cells['key']!r} has label {cells['label']!r}; expected one of {', '.join(class_names)}.")
+    scores = [cells[f"p_{name}"] for name in class_names]
+    return Prediction(
+        key=cells["key"],
+        split=cells["split"],
+        label=class_names.index(cells["label"]) if cells["label"] else None,
+        probabilities=[float(score) for score in scores] if scores[0] else None,
+        source=cells["source"] or None,
+        begin_ms=float(cells["begin_ms"]) if cells["begin_ms"] else None,
+        end_ms=float(cells["end_ms"]) if cells["end_ms"] else None,
+    )

@@ -1,0 +1,64 @@
+"""One optimiser step's gradients: micro-batches forward and backward, and how many clips fit at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .meter import Meter
+from .precision import Precision
+
+
+class Labelled(Protocol):
+    """What is used of a batch: uint8 clips (B, T, H, W, 3), label int64 (B,), weight (B,), 0 for a clip that could not be read."""
+
+    @property
+    def video(self) -> torch.Tensor: ...
+
+    @property
+    def label(self) -> torch.Tensor: ...
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+
+def gradients(model: nn.Module, batches: Iterator[Labelled], num_batches: int, rank_batch: int, precision: Precision, meter: Meter) -> torch.Tensor:
+    """Adds the gradients of the mean loss over this rank's `rank_batch` clips, and gives that loss, fp32 on the device.
+
+    DistributedDataParallel then means over the ranks, once a step: earlier micro-batches do not communicate.
+    """
+    total: torch.Tensor | None = None
+    for number in range(num_batches):
+        with meter.waiting():
+            batch = next(batches)
+        wait = isinstance(model, DistributedDataParallel) and number < num_batches - 1
+        with cast(DistributedDataParallel, model).no_sync() if wait else nullcontext():
+            with precision.autocast():
+                logits = model(batch.video)
+            losses = F.cross_entropy(logits.float(), batch.label, reduction="none") * batch.weight
+            loss = losses.sum() / rank_batch
+            precision.backward(loss)
+        total = loss.detach() if total is None else total + loss.detach()
+    if total is None:
+        raise ValueError("a step of no micro-batches")
+    return total
+
+
+def fits(model: nn.Module, clip_shape: tuple[int, ...], size: int, precision: Precision) -> bool:
+    """Whether forward and backward of `size` clips fit into the GPU's memory; leaves no gradients."""
+    try:
+        with precision.autocast():
+            loss = model(torch.zeros((size, *clip_shape), dtype=torch.uint8, device=precision.device)).float().sum()
+        loss.backward()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return True
