@@ -27,6 +27,7 @@ from clips.environment import ranks
 from clips.errors import InputError
 from clips.manifest import fingerprint
 from clips.mix import hash64
+from clips.registry import check_name
 from loaders.plan import Plan
 from loaders.sample import AugmentConfig, hflip_chance
 from loaders.source import ClipSource, fraction, loader_for, open_source, splits_of
@@ -147,6 +148,8 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     kind = loader_for(home) if config.data.loader == "auto" else config.data.loader
     sources = {split: open_source(home, split, kind) for split in splits if split != "test"}
     subset = fraction(sources["train"].facts, config.fraction)
+    if config.positive is not None:
+        check_name(sources["train"].class_names, config.positive, "--positive")
     identity = identify(config, sources, subset)
     state = _on_main(group, lambda: folder.look(identity, FREE))
     if state == "finished":

@@ -40,5 +40,7 @@ def write_results(path: Path, results: Sequence[Result], file_system: str) -> No
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell: text to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [[f"{cell:>{width}}" if column else f"{cell:<{width}}" for column, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in [header, *rows]]
+    aligned = [(cell, width, ">" if column else "<") for row in [header, *rows] for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+    cells = [f"{cell:{side}{width}}" for cell, width, side in aligned]
+    lines = [cells[start : start + len(header)] for start in range(0, len(cells), len(header))]
     return "\n".join("  ".join(line).rstrip() for line in [lines[0], ["-" * width for width in widths], *lines[1:]])
