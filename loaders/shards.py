@@ -13,7 +13,7 @@ import numpy as np
 
 from clips.codecs import make_codec
 from clips.errors import ClipError, InputError
-from clips.format import FormatError, IndexEntry, unpack_points
+from clips.format import IndexEntry, unpack_points
 from clips.manifest import read_index, read_manifest, tar_path
 
 from .source import ChooseFrames, Loaded
@@ -85,8 +85,8 @@ class ShardSource:
             return None
         try:
             points, _ = unpack_points(self._read(entry, shard, "keypoints.mp", *entry.members["keypoints.mp"]))
-        except FormatError as error:
-            raise self._error(entry, shard, "keypoints.mp", str(error)) from error
+        except (KeyError, TypeError, ValueError) as error:  # not msgpack, or not the map that it was
+            raise self._error(entry, shard, "keypoints.mp", f"does not hold points ({error})") from error
         return points_of_frames(points, chosen)
 
     def _read(self, entry: IndexEntry, shard: int, member: str, offset: int, size: int) -> bytearray:
