@@ -31,11 +31,16 @@ class Finisher:
         return Batch(
             video=video,
             keypoints=keypoints,
-            label=torch.tensor([clip.label for clip in raw.clips]).to(self._device),
-            weight=torch.ones(len(raw.clips)).to(self._device),
+            label=self._small([clip.label for clip in raw.clips]),
+            weight=torch.ones(len(raw.clips), device=self._device),
             key=[clip.key for clip in raw.clips],
             number=[request.number for request in raw.requests],
         )
+
+    def _small(self, values: Sequence[int]) -> torch.Tensor:
+        """int64 (B,) on the device; from pinned memory, so that the host does not wait for the step under way."""
+        pinned = self._device.type == "cuda"
+        return torch.tensor(values, pin_memory=pinned).to(self._device, non_blocking=pinned)
 
     def _to_device(self, video: torch.Tensor) -> torch.Tensor:
         if self._upload is None:

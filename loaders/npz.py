@@ -15,6 +15,8 @@ from clips.snippets import ArrayNames, Snippet, check_headers, find, list_bad, r
 from .shards import points_of_frames
 from .source import ChooseFrames, Loaded
 
+WITHOUT_MASK = ArrayNames(keypoints_mode="none")
+
 
 class NpzSource:
     """A split of DATASET_HOME/SPLIT/CLASS/*.npz, keypoints optional."""
@@ -58,7 +60,8 @@ class NpzSource:
     def load(self, number: int, choose: ChooseFrames, out: np.ndarray, with_points: bool) -> Loaded:
         snippet = self._snippets[number]
         try:
-            content = read(self._home / snippet.path, self.source, self._names)
+            names = self._names if with_points else WITHOUT_MASK  # not inflated in vain
+            content = read(self._home / snippet.path, self.source, names)
         except BadNpz as error:
             raise ClipError(f"{self._home / snippet.path}: clip '{snippet.key}': {error}. Mend or move the file.") from error
         chosen = choose(content.frames_valid)

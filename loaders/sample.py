@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,4 +110,5 @@ def hflip_chance(config: AugmentConfig, class_names: tuple[str, ...]) -> float:
     """As asked; by default 0.5, or 0 where mirroring would change a class."""
     if config.hflip is not None:
         return config.hflip
-    return 0.0 if any(side in name.lower() for name in class_names for side in ("left", "right")) else 0.5
+    sided = re.compile(r"(?:^|[^a-z])(left|right)(?:[^a-z]|$)", re.IGNORECASE)  # "wave_left", but not "upright"
+    return 0.0 if any(sided.search(name) for name in class_names) else 0.5

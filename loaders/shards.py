@@ -31,11 +31,14 @@ class ShardSource:
         self._paths: list[Path] = []
         self._files: list[int] = []
         entries: list[tuple[IndexEntry, int]] = []
-        for shard in manifest.splits[split].shards:
-            index = read_index(home, split, shard)
-            path = tar_path(home, split, shard.name)
-            self._open(path, shard.tar_bytes)
-            entries += [(entry, len(self._paths) - 1) for entry in index.clips]
+        try:
+            for shard in manifest.splits[split].shards:
+                index = read_index(home, split, shard)
+                self._open(tar_path(home, split, shard.name), shard.tar_bytes)
+                entries += [(entry, len(self._paths) - 1) for entry in index.clips]
+        except ClipError:
+            self.close()
+            raise
         entries.sort(key=lambda pair: pair[0].facts.key.encode())
         self._entries = entries
         self.facts = [entry.facts for entry, _ in entries]
@@ -91,12 +94,14 @@ class ShardSource:
 
     def _read(self, entry: IndexEntry, shard: int, member: str, offset: int, size: int) -> bytearray:
         buffer = bytearray(size)
+        filled = 0
         try:
-            count = os.preadv(self._files[shard], [buffer], offset)
+            while filled < size and (count := os.preadv(self._files[shard], [memoryview(buffer)[filled:]], offset + filled)):
+                filled += count  # a network file system may give less than asked
         except OSError as error:
             raise self._error(entry, shard, member, f"cannot be read ({error.strerror})") from error
-        if count != size:
-            raise self._error(entry, shard, member, f"{count} of {size} bytes could be read: the shard became shorter")
+        if filled != size:
+            raise self._error(entry, shard, member, f"{filled} of {size} bytes could be read: the shard became shorter")
         return buffer
 
     def _error(self, entry: IndexEntry, shard: int, member: str, reason: str) -> ClipError:

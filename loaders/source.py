@@ -14,7 +14,7 @@ import numpy as np
 from clips.clip import ClipSpec
 from clips.errors import InputError
 from clips.format import ClipFacts
-from clips.manifest import is_packed
+from clips.manifest import is_packed, read_manifest
 from clips.mix import hash64
 from clips.registry import resolve
 from clips.snippets import SPLITS
@@ -66,7 +66,11 @@ def splits_of(home: Path) -> list[str]:
     """The splits under a home of either kind; InputError where there is none."""
     if not home.is_dir():
         raise InputError(f"--dataset-home {home}: no such folder; expected shards (manifest.json) or {{train,val,test}}/CLASS/*.npz.")
+    if is_packed(home):
+        return [split for split in SPLITS if split in read_manifest(home).splits]
     splits = [split for split in SPLITS if (home / split).is_dir()]
+    if any((home / split / "plan.json").is_file() for split in splits):
+        raise InputError(f"--dataset-home {home}: shards without a manifest: packing has not ended. Run the same python -m convert pack again.")
     if not splits:
         raise InputError(f"--dataset-home {home}: neither shards (manifest.json) nor snippets ({{train,val,test}}/CLASS/*.npz) below it.")
     return splits
