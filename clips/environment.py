@@ -61,10 +61,10 @@ def ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: `h[0102-0105,0110]` gives `h0102`, `a1,b2` gives `a1`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodelist)
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     if match is None:
         raise InputError(f"SLURM node list {nodelist!r}: expected host names such as n[01-04]. Check SLURM_JOB_NODELIST.")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
 
 
 def in_job(environ: Mapping[str, str] = os.environ) -> bool:

@@ -78,7 +78,7 @@ def pack_points(points: np.ndarray, shape: Sequence[int]) -> bytes:
     return pack_map({"shape": list(shape), "points": points.astype("<u2").tobytes()})
 
 
-def unpack_points(blob: bytes) -> tuple[np.ndarray, tuple[int, int, int]]:
+def unpack_points(blob: bytes | bytearray) -> tuple[np.ndarray, tuple[int, int, int]]:
     """uint16 (N, 3) and the mask's shape (T, H, W)."""
     packed = unpack_map(blob)
     frames, height, width = packed["shape"]
@@ -105,7 +105,7 @@ def pack_map(value: dict[str, Any]) -> bytes:
     return blob
 
 
-def unpack_map(blob: bytes | memoryview) -> dict[str, Any]:  # Any: the caller knows its map
+def unpack_map(blob: bytes | bytearray | memoryview) -> dict[str, Any]:  # Any: the caller knows its map
     try:
         value = msgpack.unpackb(blob, strict_map_key=True)
     except (ValueError, msgpack.UnpackException) as error:
@@ -152,7 +152,7 @@ def unpack_index(blob: bytes) -> ShardIndex:
     try:
         clips = tuple(_entry(clip) for clip in packed["clips"])
         return ShardIndex(packed["plan_id"], packed["shard"], packed["tar_bytes"], packed["tar_sha256"], tuple(packed["bad"]), clips)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"an index without its fields ({error!r})") from error
 
 

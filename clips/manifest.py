@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises InputError for a missing or damaged manifest and for another format version."""
     path = folder / MANIFEST
     try:
-        packed = json.loads(path.read_text())
+        packed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; expected shards that were packed to the end. Run the same python -m convert pack again.") from None
     except (OSError, ValueError) as error:
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
             source_pattern=packed["source_pattern"],
             splits={name: _split(split) for name, split in packed["splits"].items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: a field is missing or wrong ({error!r}). Restore the file, or pack again.") from error
 
 

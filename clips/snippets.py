@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ SPLITS = ("train", "val", "test")
 USUAL_CLASSES = ("nongesture", "gesture")  # in label order: gesture is 1, the positive class
 SOURCE_PATTERN = r"^(?P<index>\d+)_(?P<source>.+)$"
 HOME_PATTERN = re.compile(r"^(?P<name>.+?)_length_(?P<length_ms>\d+)(?:_sample_rate_(?P<sample_rate>\d+))?_iou_(?:thr_)?(?P<iou>\d*\.?\d+)$")
+MOST_DIGITS = 18  # of a running number: longer ones do not fit into 64 bits and count nothing
 HEADER_THREADS = 16  # reading headers waits for the file system, not for the CPU
 
 KeypointsMode = Literal["required", "optional", "none"]
@@ -94,20 +96,21 @@ def find(home: Path, splits: Sequence[str] = (), classes: Sequence[str] = (), so
     """
     if not home.is_dir():
         raise InputError(f"--dataset-home {home}: no such folder; expected {{train,val,test}}/CLASS/*.npz below it.")
-    present = [split for split in SPLITS if (home / split).is_dir()]
-    if missing := [split for split in splits if split not in present]:
-        raise InputError(f"--splits {' '.join(missing)}: not in {home}, which has {' '.join(present) or 'no train, val or test'}.")
-    paths = {split: {name: _npz_below(home / split / name) for name in _folders(home / split)} for split in present}
+    home = Path(os.path.abspath(home))  # so that `.` has its name, too
+    paths = {split: {name: _npz_below(home / split / name) for name in _folders(home / split)} for split in SPLITS if (home / split).is_dir()}
     found = {name for folders in paths.values() for name, files in folders.items() if files}
     if not found:
         raise InputError(f"--dataset-home {home}: no snippets; expected {{train,val,test}}/CLASS/*.npz, found {_glimpse(home)}.")
+    present = [split for split, folders in paths.items() if any(folders.values())]
+    if missing := [split for split in splits if split not in present]:
+        raise InputError(f"--splits {' '.join(missing)}: no snippets in {home}, which has {' '.join(present)}.")
     order = class_order(found, classes)
     settings = parse_home_name(home.name)
     wanted = [split for split in present if split in splits] if splits else present
     by_split = {
         split: _snippets(home, split, {name: paths[split].get(name, []) for name in order}, order, settings, source_pattern) for split in wanted
     }
-    return Home(home, order, {split: snippets for split, snippets in by_split.items() if snippets}, settings)
+    return Home(home, order, by_split, settings)
 
 
 def class_order(found: Iterable[str], asked: Sequence[str] = ()) -> tuple[str, ...]:
@@ -116,6 +119,8 @@ def class_order(found: Iterable[str], asked: Sequence[str] = ()) -> tuple[str, .
     if asked:
         if unknown := sorted(names ^ set(asked)):
             raise InputError(f"--classes {' '.join(asked)}: expected exactly the class folders found, {' '.join(sorted(names))}; {' '.join(unknown)} differ.")
+        if len(asked) != len(names):
+            raise InputError(f"--classes {' '.join(asked)}: expected each class once.")
         return tuple(asked)
     return USUAL_CLASSES if names == set(USUAL_CLASSES) else tuple(sorted(names))
 
@@ -204,7 +209,11 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _npz_below(folder: Path) -> list[tuple[str, int]]:
-    return sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder) if entry.name.endswith(".npz") and not entry.name.startswith("."))
+    entries = [entry for entry in os.scandir(folder) if entry.name.endswith(".npz") and not entry.name.startswith(".")]
+    try:
+        return sorted((entry.name, entry.stat().st_size) for entry in entries)
+    except OSError as error:  # a link to nothing, a folder that may not be entered
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror or error}). Mend or remove it.") from error
 
 
 def _glimpse(home: Path) -> str:
@@ -220,7 +229,7 @@ def _snippets(
     settings: dict[str, str | int | float] | None,
     source_pattern: str,
 ) -> tuple[Snippet, ...]:
-    pattern = re.compile(source_pattern)
+    pattern = _compiled(source_pattern)
     snippets = []
     for class_name, names in files.items():
         for name, file_bytes in names:
@@ -230,13 +239,22 @@ def _snippets(
             match = pattern.match(name.removesuffix(".npz"))
             groups = match.groupdict() if match else {}
             source, index = groups.get("source") or name.removesuffix(".npz"), groups.get("index")
-            number = int(index) if index else None
+            if index and not index.isdecimal():
+                raise InputError(f"--source-pattern {source_pattern}: its group 'index' takes {index!r} from {path}; expected digits.")
+            number = int(index) if index and len(index) <= MOST_DIGITS else None
             snippets.append(Snippet(path, key_of(path), split, class_name, order.index(class_name), source, number, None, None, file_bytes))
     snippets.sort(key=lambda snippet: snippet.key.encode())
-    for before, after in zip(snippets, snippets[1:], strict=False):
+    for before, after in pairwise(snippets):
         if before.key == after.key:
             raise InputError(f"{home}: {before.path} and {after.path} would both be the clip '{before.key}'. Rename one of them.")
     return _with_times(snippets, int(settings["length_ms"]) if settings else None)
+
+
+def _compiled(source_pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(source_pattern)
+    except re.error as error:
+        raise InputError(f"--source-pattern {source_pattern}: not a regular expression ({error}).") from error
 
 
 def _with_times(snippets: list[Snippet], length_ms: int | None) -> tuple[Snippet, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,7 @@ class PackConfig:
         check_name(CODECS, self.codec, "--codec")
         if self.workers is not None and self.workers < 1:
             raise InputError(f"--workers {self.workers}: expected at least 1.")
-        if not self.shard_mib > 0:
+        if not 0 < self.shard_mib < math.inf:
             raise InputError(f"--shard-mib {self.shard_mib}: expected a size above 0.")
         if self.store_size is not None and self.codec != "jpeg":
             raise InputError(f"--store-size {self.store_size} with --codec {self.codec}: smaller frames are not bit-exact. Take --codec jpeg or leave it out.")
@@ -107,9 +108,13 @@ def pack(config: PackConfig) -> Manifest:
     bad = _pack_shards(config, home.path, recipe, missing)
     if bad:
         num_snippets = sum(map(len, home.splits.values()))
-        raise source.list_bad(bad, num_snippets, "Mend or move these files, then run the same command: only their shards are packed again.")
-    manifest = replace(manifest, splits=manifest.splits | {plan.split: _split_entry(config.output, plan, len(home.classes)) for plan in plans})
-    write_manifest(config.output, manifest)
+        folders = " and ".join(sorted({str(config.output / one.path.split("/")[0]) for one in bad}))
+        raise source.list_bad(bad, num_snippets, f"Mend or move these files; with others it is another plan, so remove {folders}, then run the same command.")
+    packed = {plan.split: _split_entry(config.output, plan, len(home.classes)) for plan in plans}
+    earlier = read_manifest(config.output) if is_packed(config.output) else manifest
+    manifest = replace(manifest, splits=earlier.splits | packed)
+    if manifest != earlier:
+        write_manifest(config.output, manifest)
     _report(home, manifest)
     return manifest
 
@@ -170,6 +175,8 @@ def _claim(output: Path, manifest: Manifest, plans: Sequence[SplitPlan]) -> None
         raise InputError(f"--output {output}: its shards were packed with another {', '.join(changed)}. Take another folder or the same settings.")
     for plan in plans:
         folder = output / plan.split
+        if (folder / "plan.json").exists():
+            continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_once(folder / "plan.json", json.dumps({"plan_id": plan.plan_id, "inputs": plan.inputs}, ensure_ascii=False).encode())
@@ -180,11 +187,12 @@ def _claim(output: Path, manifest: Manifest, plans: Sequence[SplitPlan]) -> None
 
 def _compare(output: Path, plan: SplitPlan, path: Path) -> None:
     try:
-        theirs = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({error}). Take another --output, or remove this folder.") from error
-    if theirs.get("plan_id") != plan.plan_id:
-        found = "; ".join(differences(plan.inputs, theirs.get("inputs", {}))) or "its plan id"
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        same, differing = theirs["plan_id"] == plan.plan_id, differences(plan.inputs, theirs["inputs"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not readable as a plan ({error}). Take another --output, or remove {path.parent}.") from error
+    if not same:
+        found = "; ".join(differing) or "its plan id"
         raise InputError(f"--output {output}: {plan.split} is in use by another plan: {found}. Take another folder or the same settings.")
 
 

@@ -27,7 +27,7 @@ from clips.codecs import make_codec
 from clips.environment import allocated_cpus
 from clips.errors import ClipError, InputError
 from clips.files import sha256_of
-from clips.format import IndexEntry, unpack_array, unpack_map, unpack_points
+from clips.format import FORMAT_VERSION, IndexEntry, unpack_array, unpack_map, unpack_points
 from clips.keypoints import mask_of
 from clips.manifest import Manifest, ShardEntry, index_path, read_index, read_manifest, tar_path
 from clips.npz import BadNpz
@@ -115,9 +115,12 @@ def check_shard(
     try:
         index = read_index(folder, split, shard)
         if sha256_of(path) != shard.tar_sha256:
-            report.problems.append(f"{path}: sha256 is not the manifest's. Pack again into a new folder, or restore this file.")
-    except (ClipError, OSError) as error:
+            report.problems.append(f"{path}: sha256 is not the manifest's. Remove this file and run the same pack again, or restore it.")
+    except ClipError as error:
         report.problems.append(str(error))
+        return report
+    except OSError as error:
+        report.problems.append(f"{path}: cannot be read ({error.strerror or error}). Run the same pack again, or restore it.")
         return report
     if (index.plan_id, index.shard, len(index.clips)) != (manifest.splits[split].plan_id, shard.name, shard.clips):
         report.problems.append(f"{index_path(folder, split, shard.name)}: is of another plan or shard than the manifest says.")
@@ -131,7 +134,11 @@ def check_shard(
             for suffix, (offset, size) in entry.members.items():
                 file.seek(offset)
                 blobs[suffix] = file.read(size)
-            report.problems += [f"{path}: clip '{entry.facts.key}': {problem}" for problem in _clip_problems(manifest, entry, blobs, home, snippets, report)]
+            try:
+                problems = list(_clip_problems(manifest, entry, blobs, home, snippets, report))
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                problems = [f"a member is not as format version {FORMAT_VERSION} says ({error!r})"]
+            report.problems += [f"{path}: clip '{entry.facts.key}': {problem}" for problem in problems]
             report.clips += 1
     return report
 
@@ -168,8 +175,8 @@ def _clip_problems(
     if source.key_of(provenance["path"]) != facts.key or provenance["frames_valid"] != facts.frames_valid:
         yield "its json and the index disagree on the path or on frames_valid"
     video = np.empty(manifest.stored.video_shape, np.uint8)
-    if yields := _decode(manifest, entry, frames, video):
-        yield yields
+    if problem := _decode(manifest, entry, frames, blobs["frames.mp"], video):
+        yield problem
         return
     keypoints = _mask(blobs)
     for name, array in [(manifest.arrays["keypoints"], keypoints)] + [(n, _extra(blobs, n)) for n in manifest.arrays["kept"]]:
@@ -182,17 +189,22 @@ def _clip_problems(
     if lossless and sha256_of_array(video) != provenance["arrays"][manifest.arrays["video"]]["sha256"]:
         yield "frames have another sha256 than the npz had when it was packed"
     if home is not None and snippets is not None:
-        yield from _against_npz(manifest, entry, video, keypoints, home, snippets, lossless, report)
+        yield from _against_npz(manifest, entry, provenance["arrays"], video, keypoints, home, snippets, lossless, report)
 
 
-def _decode(manifest: Manifest, entry: IndexEntry, frames: dict[str, Any], video: np.ndarray) -> str | None:  # Any: a msgpack map
-    """Fills `video`; the reason when the frames are not as promised."""
+def _decode(manifest: Manifest, entry: IndexEntry, frames: dict[str, Any], member: bytes, video: np.ndarray) -> str | None:  # Any: a msgpack map
+    """Fills `video`; the reason when the frames are not as promised or not where the index says."""
     codec = make_codec(manifest.codec, manifest.codec_settings)
-    blobs = frames.get("frames", [])
-    if frames.get("codec") != codec.name or tuple(frames.get("shape", ())) != video.shape or len(blobs) != len(video) != len(entry.frames):
-        return f"frames are {frames.get('codec')} {frames.get('shape')}; the manifest promises {codec.name} {list(video.shape)}"
-    for number, (blob, crc32) in enumerate(zip(blobs, frames["crc32"], strict=True)):
-        if not zlib.crc32(blob) == crc32 == entry.frames["crc32"][number]:
+    blobs = frames["frames"]
+    if (frames["codec"], tuple(frames["shape"])) != (codec.name, video.shape) or {len(blobs), len(entry.frames), len(frames["crc32"])} != {len(video)}:
+        found = f"{frames['codec']} {frames['shape']}, {len(blobs)} in the member and {len(entry.frames)} in the index"
+        return f"frames are {found}; the manifest promises {codec.name} {list(video.shape)}"
+    start = entry.members["frames.mp"][0]
+    for number, (blob, crc32, record) in enumerate(zip(blobs, frames["crc32"], entry.frames, strict=True)):
+        offset = int(record["offset"]) - start
+        if offset < 0 or member[offset : offset + int(record["size"])] != blob:
+            return f"frame {number} is not where the index says"
+        if not zlib.crc32(blob) == crc32 == record["crc32"]:
             return f"frame {number} has another crc32 than recorded"
         try:
             codec.decode(blob, video[number])
@@ -215,6 +227,7 @@ def _extra(blobs: dict[str, bytes], name: str) -> np.ndarray | None:
 def _against_npz(
     manifest: Manifest,
     entry: IndexEntry,
+    known: dict[str, dict[str, Any]],  # of each packed array: dtype, shape, sha256
     video: np.ndarray,
     keypoints: np.ndarray | None,
     home: Path,
@@ -231,10 +244,14 @@ def _against_npz(
     arrays = manifest.arrays
     names = ArrayNames(str(arrays["video"]), str(arrays["keypoints"]), arrays["keypoints_mode"])  # type: ignore[arg-type]  # as pack checked it
     try:
-        content = read(home / snippet.path, manifest.source, names)
+        content = read(home / snippet.path, manifest.source, names, arrays["kept"])
     except BadNpz as error:
         yield f"its npz cannot be read: {error}"
         return
+    there = {names.video: content.video, names.keypoints: content.keypoints, **content.extras}
+    sums = {name: sha256_of_array(array) for name, array in there.items() if array is not None}
+    if changed := sorted(name for name in sums.keys() | known.keys() if sums.get(name) != known.get(name, {}).get("sha256")):
+        yield f"its npz changed since it was packed: {', '.join(changed)}"
     theirs = content.keypoints
     if (theirs is None) != (keypoints is None) or (theirs is not None and keypoints is not None and not np.array_equal(theirs, keypoints)):
         yield f"keypoints differ from {home / snippet.path}"
@@ -254,8 +271,8 @@ def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
-    for split, entry in manifest.splits.items():
-        known = {shard.name for shard in entry.shards}
+    for split in source.SPLITS:
+        known = {shard.name for shard in manifest.splits[split].shards} if split in manifest.splits else set()
         for path in sorted((folder / split).glob("*.tar")):
             if path.stem not in known:
                 yield f"{path}: not in the manifest. Remove it, or pack again into a new folder."
@@ -288,5 +305,5 @@ def _verdict(manifest: Manifest, psnr_db: dict[str, float], with_source: bool) -
         return f"whole: as packed{missing}. Whether it equals the npz: python -m convert verify --dataset-home"
     if make_codec(manifest.codec, manifest.codec_settings).lossless:
         return f"bit-exact: npz can be rebuilt{missing}"
-    finite = list(psnr_db.values())
+    finite = [value for value in psnr_db.values() if math.isfinite(value)] or [math.inf]  # a clip that JPEG keeps exactly has no finite one
     return f"frames lossy (min {min(finite):.1f} dB, mean {sum(finite) / len(finite):.1f} dB): keep the npz or pack zstd{missing}"

@@ -41,9 +41,10 @@ class ZstdCodec:
         if not hasattr(self._own, "decompressor"):
             self._own.decompressor = zstandard.ZstdDecompressor()
         try:
-            raw = self._own.decompressor.decompress(blob, max_output_size=out.nbytes)
+            num_bytes = zstandard.frame_content_size(blob)  # asked first: decompress allocates whatever the frame claims
+            if num_bytes != out.nbytes:
+                raise ValueError(f"{num_bytes} bytes where a frame of {out.nbytes} was promised")
+            raw = self._own.decompressor.decompress(blob)
         except zstandard.ZstdError as error:
             raise ValueError(str(error)) from error
-        if len(raw) != out.nbytes:
-            raise ValueError(f"{len(raw)} bytes where a frame of {out.nbytes} was promised")
         out[...] = np.frombuffer(raw, np.uint8).reshape(out.shape)

@@ -1,0 +1,210 @@
+"""What pack refuses: each fault one clear line, and nothing left behind that looks like an end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from making import tell_tale_mask, tell_tale_video, write_home
+from packing import convert, members_of, not_half_written, refused, rewrite, snippets_of, tree, use_threads
+
+from clips import command
+from clips.errors import InputError
+from clips.manifest import Manifest
+from convert.pack import PackConfig, pack
+from convert.writer import write_shard
+
+COUNTS = {"train": {"nongesture": 5, "gesture": 3}, "val": {"nongesture": 1, "gesture": 1}}
+SMALL = 0.06  # MiB: a shard of 8x32x32 holds two clips as zstd and four as jpeg
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_threads(monkeypatch)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return write_home(tmp_path, COUNTS, padded_every=3)
+
+
+@pytest.fixture
+def packing(home: Path, tmp_path: Path, in_threads: None) -> PackConfig:
+    return PackConfig(home, tmp_path / "out", codec="zstd", shard_mib=SMALL, workers=2)
+
+
+def test_bad_flags_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    home, out = tmp_path / "nowhere", tmp_path / "out"
+    for flags, text in [
+        ({"codec": "jpg"}, "--codec jpg: unknown; expected one of jpeg, zstd. Did you mean jpeg?"),
+        ({"workers": 0}, "--workers 0: expected at least 1."),
+        ({"shard_mib": 0.0}, "--shard-mib 0.0: expected a size above 0."),
+        ({"shard_mib": float("nan")}, "--shard-mib nan: expected a size above 0."),
+        ({"shard_mib": float("inf")}, "--shard-mib inf: expected a size above 0."),
+        ({"codec": "zstd", "store_size": 16}, "--store-size 16 with --codec zstd: smaller frames are not bit-exact."),
+    ]:
+        with pytest.raises(InputError) as error:
+            PackConfig(home, out, **flags)  # type: ignore[arg-type]  # each flag has its own type
+        assert str(error.value).startswith(text)
+
+
+@pytest.mark.parametrize("size", [15, 32, 400])
+def test_a_stored_size_is_smaller_than_the_frames(size: int, packing: PackConfig) -> None:
+    assert f"--store-size {size}: expected 16 … 31 for frames of 32x32." in refused(replace(packing, codec="jpeg", store_size=size))
+
+
+@pytest.mark.parametrize(("codec", "flags", "text"), [("jpeg", {"quality": 0}, "--quality 0"), ("zstd", {"level": 99}, "--level 99")])
+def test_a_codecs_setting_out_of_range_is_refused(codec: str, flags: dict[str, Any], text: str, packing: PackConfig) -> None:
+    assert text in refused(replace(packing, codec=codec, **flags))
+    assert not packing.output.exists()
+
+
+def test_a_missing_and_an_empty_home_are_refused(packing: PackConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no such folder" in refused(replace(packing, dataset_home=tmp_path / "nowhere"))
+    assert "found an empty folder" in refused(replace(packing, dataset_home=tmp_path / "empty"))
+    assert not packing.output.exists()
+
+
+def test_a_home_that_holds_shards_is_refused(packing: PackConfig, tmp_path: Path) -> None:
+    pack(packing)
+    assert "holds shards already; expected npz snippets." in refused(replace(packing, dataset_home=packing.output, output=tmp_path / "again"))
+
+
+def test_bad_headers_are_all_listed_before_anything_is_written(packing: PackConfig) -> None:
+    paths = snippets_of(packing.dataset_home)
+    rewrite(paths[0], video=tell_tale_video(0, 8, 32, 16), keypoints=tell_tale_mask(0, 8, 32, 16))
+    rewrite(paths[1], keypoints=None)
+    rewrite(paths[2], video=np.zeros((8, 32, 32, 3), np.float32))
+    rewrite(paths[3], keypoints=np.array([None]))
+    paths[4].write_bytes(paths[4].read_bytes()[:1000])
+    with pytest.raises(InputError) as error:
+        pack(packing)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "5 of 10 snippets cannot be used:" and len(lines) == 7
+    for path, line in zip(paths[:5], lines[1:6], strict=True):
+        assert line.startswith(f"  {path.relative_to(packing.dataset_home).as_posix()}: ")
+    assert not packing.output.exists()
+
+
+def test_bad_values_are_all_listed_and_only_their_shards_are_missing(packing: PackConfig) -> None:
+    paths = snippets_of(packing.dataset_home)
+    for path in (paths[0], paths[4]):
+        rewrite(path, keypoints=tell_tale_mask(0, 8, 32, 32) * np.uint8(3))
+    with np.load(paths[7]) as arrays:
+        np.savez(paths[7], **arrays)
+    blob = bytearray(paths[7].read_bytes())
+    blob[5000] ^= 1  # in the pixels: only the checksum can tell
+    paths[7].write_bytes(blob)
+    with pytest.raises(InputError) as error:
+        pack(packing)
+    lines = str(error.value).splitlines()
+    named = [line.split(": ")[0].strip() for line in lines[1:-1]]
+    assert lines[0] == "3 of 10 snippets cannot be used:"
+    assert named == [path.relative_to(packing.dataset_home).as_posix() for path in (paths[0], paths[4], paths[7])]
+    assert "holds 3; expected 0 and 1 alone" in lines[1] and "checksum" in lines[3]
+    assert not_half_written(packing.output)
+    there = {name for name in members_of(packing.output) if name.endswith(".cls")}
+    assert there and not there & {f"{name.removesuffix('.npz')}.cls" for name in named}
+    assert {p.stem for p in packing.output.rglob("*.tar")} == {p.name.removesuffix(".index.mp") for p in packing.output.rglob("*.index.mp")}
+
+
+def test_what_the_message_on_bad_values_says_to_do_works(packing: PackConfig) -> None:
+    path = snippets_of(packing.dataset_home)[0]
+    whole = path.read_bytes()
+    rewrite(path, keypoints=tell_tale_mask(0, 8, 32, 32) * np.uint8(3))
+    with pytest.raises(InputError) as error:
+        pack(packing)
+    assert f"so remove {packing.output / 'train'}, then run the same command." in str(error.value).splitlines()[-1]
+    path.write_bytes(whole[:-1] + whole[-1:])
+    shutil.rmtree(packing.output / "train")
+    assert sum(split.num_clips for split in pack(packing).splits.values()) == 10
+
+
+def test_two_snippets_with_one_key_are_refused(packing: PackConfig) -> None:
+    path = snippets_of(packing.dataset_home)[0]
+    shutil.copy(path, path.with_name("a.b.npz"))
+    shutil.copy(path, path.with_name("a_b.npz"))
+    assert "a.b.npz and " in refused(packing)
+
+
+def test_a_folder_of_another_plan_says_what_differs(packing: PackConfig) -> None:
+    pack(packing)
+    before = tree(packing.output)
+    path = snippets_of(packing.dataset_home / "train")[0]
+
+    def says(config: PackConfig) -> str:
+        with pytest.raises(InputError) as error:
+            pack(config)
+        assert tree(packing.output) == before and "\n" not in str(error.value)
+        return str(error.value)
+
+    text = says(replace(packing, level=3))
+    assert "train is in use by another plan" in text and "level is 3 here and 1 there" in text
+    assert "codec is jpeg here and zstd there" in says(replace(packing, codec="jpeg"))
+    assert "clips_per_shard is " in says(replace(packing, shard_mib=100))
+    assert "classes is " in says(replace(packing, classes=("gesture", "nongesture")))
+    shutil.copy(path, path.with_name("999999999_new.npz"))
+    assert "1 files were added, removed or changed in size, train/gesture/999999999_new.npz first" in says(packing)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"plan_id": 3}', '{"plan_id": "x", "inputs": {"files": 3}}'])
+def test_a_damaged_plan_is_one_clear_line(text: str, packing: PackConfig) -> None:
+    (packing.output / "train").mkdir(parents=True)
+    (packing.output / "train/plan.json").write_text(text)
+    assert "train" in refused(packing)
+
+
+def test_shards_of_another_format_version_are_refused(packing: PackConfig) -> None:
+    pack(packing)
+    path = packing.output / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match="format version 2; this program reads version 1"):
+        pack(packing)
+
+
+def test_an_output_that_cannot_be_written_is_refused(packing: PackConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written (" in refused(replace(packing, output=tmp_path / "file"))
+    assert "cannot be written (" in refused(replace(packing, output=tmp_path / "file/below"))
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_full_disk_is_one_clear_line_and_whole_shards_stay(packing: PackConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: Iterator[bool] = iter([True, True] + [False] * 20)
+
+    def full(*args: Any) -> Any:
+        if next(writes):
+            return write_shard(*args)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("convert.pack.write_shard", full)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)\. Make space"):
+        pack(packing)
+    assert not_half_written(packing.output) and len(list(packing.output.rglob("*.tar"))) == 2
+    monkeypatch.setattr("convert.pack.write_shard", write_shard)
+    pack(packing)
+
+
+def test_a_wrong_value_on_the_command_line_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    found = convert("pack", "--dataset-home", tmp_path / "nowhere", "--output", tmp_path / "out", "--codec", "zstdd")
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr == "error: --codec zstdd: unknown; expected one of jpeg, zstd. Did you mean zstd?\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_user_did_wrong_ends_with_2_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = PackConfig(tmp_path / "nowhere", tmp_path / "out")
+
+    def main() -> None:
+        manifest: Manifest = pack(config)
+        raise AssertionError(manifest)
+
+    assert command.run(main) == 2
+    found = capsys.readouterr()
+    assert found.err.startswith("error: --dataset-home ") and found.err.count("\n") == 1 and found.out == ""
