@@ -67,6 +67,24 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
 
 
+@dataclass(frozen=True)
+class Array:
+    """A SLURM job array and this job's element of it."""
+
+    element: int
+    count: int
+    lowest: int
+    highest: int
+
+
+def job_array(environ: Mapping[str, str] = os.environ) -> Array | None:
+    """The job array that this process belongs to, or None."""
+    if "SLURM_ARRAY_TASK_ID" not in environ:
+        return None
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")
+    return Array(*(int(environ[name]) for name in names))
+
+
 def in_job(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether SLURM started this process."""
     return "SLURM_JOB_ID" in environ

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import zstandard
 
 FORMAT_VERSION = 1
 FRAME = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])  # where a frame's bytes lie in the tar
@@ -33,11 +34,17 @@ class ClipFacts:
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One clip of a shard: its facts, (offset, size) of each member's data, and FRAME records (T,)."""
+    """One clip of a shard: its facts, (offset, size) and crc32 of each member's data, and FRAME records (T,).
+
+    `video_sha256` is the source video's, `frames_constant` counts its valid frames of one colour.
+    """
 
     facts: ClipFacts
+    video_sha256: str
     dhash: bytes
+    frames_constant: int
     members: dict[str, tuple[int, int]]
+    crc32: dict[str, int]
     frames: np.ndarray
 
 
@@ -81,18 +88,27 @@ def pack_points(points: np.ndarray, shape: Sequence[int]) -> bytes:
 def unpack_points(blob: bytes | bytearray) -> tuple[np.ndarray, tuple[int, int, int]]:
     """uint16 (N, 3) and the mask's shape (T, H, W)."""
     packed = unpack_map(blob)
-    frames, height, width = packed["shape"]
-    return np.frombuffer(packed["points"], "<u2").reshape(-1, 3), (frames, height, width)
+    try:
+        frames, height, width = packed["shape"]
+        return np.frombuffer(packed["points"], "<u2").reshape(-1, 3), (frames, height, width)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"no points ({error!r})") from error
 
 
 def pack_array(array: np.ndarray) -> bytes:
-    """KEY.<array>.mp: dtype as numpy spells it, shape, and C-order bytes."""
-    return pack_map({"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()})
+    """KEY.<array>.mp: dtype as numpy spells it, shape, and the C-order bytes as one Zstandard frame."""
+    data = zstandard.ZstdCompressor(level=1, write_content_size=True).compress(array.tobytes())
+    return pack_map({"dtype": array.dtype.str, "shape": list(array.shape), "zstd": data})
 
 
 def unpack_array(blob: bytes) -> np.ndarray:
+    """The array; raises FormatError."""
     packed = unpack_map(blob)
-    return np.frombuffer(packed["data"], np.dtype(packed["dtype"])).reshape(packed["shape"])
+    try:
+        data = zstandard.ZstdDecompressor().decompress(packed["zstd"])
+        return np.frombuffer(data, np.dtype(packed["dtype"])).reshape(packed["shape"])
+    except (KeyError, TypeError, ValueError, zstandard.ZstdError) as error:
+        raise FormatError(f"not an array ({error!r})") from error
 
 
 def pack_json(value: dict[str, Any]) -> bytes:
@@ -125,7 +141,10 @@ def pack_index(index: ShardIndex) -> bytes:
             "begin_ms": entry.facts.begin_ms,
             "end_ms": entry.facts.end_ms,
             "frames_valid": entry.facts.frames_valid,
+            "video_sha256": entry.video_sha256,
             "dhash": entry.dhash,
+            "frames_constant": entry.frames_constant,
+            "crc32": entry.crc32,
             "members": {suffix: list(place) for suffix, place in entry.members.items()},
             "frames": entry.frames.astype(FRAME).tobytes(),
         }
@@ -161,4 +180,5 @@ def _entry(clip: dict[str, Any]) -> IndexEntry:
         clip["key"], clip["label"], clip["source"], clip["index"], clip["begin_ms"], clip["end_ms"], clip["frames_valid"]
     )
     members = {suffix: (offset, size) for suffix, (offset, size) in clip["members"].items()}
-    return IndexEntry(facts, clip["dhash"], members, np.frombuffer(clip["frames"], FRAME))
+    frames = np.frombuffer(clip["frames"], FRAME)
+    return IndexEntry(facts, clip["video_sha256"], clip["dhash"], clip["frames_constant"], members, clip["crc32"], frames)

@@ -43,6 +43,18 @@ class SplitEntry:
 
 
 @dataclass(frozen=True)
+class Leaks:
+    """What makes val or test too easy: keys of clips with equal bytes in several splits, sources in several splits,
+
+    and pairs of nearly equal clips (None where nobody asked for them).
+    """
+
+    identical: list[list[str]] = field(default_factory=list)
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    near: list[list[str]] | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`source` is the snippets' geometry, `stored` the frames' in the shards; `arrays` how snippets were read."""
 
@@ -54,11 +66,13 @@ class Manifest:
     home: dict[str, str | int | float]
     arrays: dict[str, str | list[str]]
     source_pattern: str
+    leaks: Leaks = field(default_factory=Leaks)
     splits: dict[str, SplitEntry] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What all splits of a folder share: a split may be added later with the same."""
-        return {name: value for name, value in to_json(self).items() if name not in ("splits", "home")}
+        shared = {name: value for name, value in to_json(self).items() if name not in ("splits", "home", "leaks")}
+        return shared | {"home": {name: value for name, value in self.home.items() if name != "folder"}}
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
@@ -92,6 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
             home=packed["home"],
             arrays=packed["arrays"],
             source_pattern=packed["source_pattern"],
+            leaks=Leaks(**packed["leaks"]),
             splits={name: _split(split) for name, split in packed["splits"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

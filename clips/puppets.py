@@ -1,8 +1,8 @@
 """A puppet that moves its hands before a blurred room: pictures for tests and demos, whose classes differ in motion alone.
 
-Both hands travel along one and the same path in every class; a class is how fast each hand travels along it, and where a
-hand starts on its path is uniform. So every single frame, and every single picture of joints, has the same distribution
-in all classes: what one frame tells about the class, its reader has made up. No class depends on left against right.
+Both hands travel up and down one and the same path in every class; a class is when they do so, and where on the path they
+start is uniform. So every single frame, and every single picture of joints, has the same distribution in all classes: what
+one frame tells about the class, its reader has made up. No class depends on left against right.
 
 Every number comes from a hash of what it stands for and every pixel from + − × ÷ √ and a table of sines, because neither
 numpy's generators nor its sines promise the same bits everywhere. x and y are shares of the frame's width and height.
@@ -10,21 +10,20 @@ numpy's generators nor its sines promise the same bits everywhere. x and y are s
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .clip import ClipSpec
+from .mix import hash64, uniforms
 
 Point = tuple[float, float]  # x, y
 Colour = tuple[float, float, float]  # red, green, blue, 0 … 255
 
 SINES = tuple(round(1024 * math.sin(2 * math.pi * i / 4096)) / 1024 for i in range(4096))
 UPPER_ARM, FOREARM = 0.14, 0.16
+CYCLES = 5.0  # a hand's mean turns in a clip of all motion
 # Nose, neck, hips, eyes and ears of a puppet of scale 1: x from its axis, y from the top.
 STILL_JOINTS = ((0, 0.29), (0, 0.40), (0, 0.86), (-0.08, 0.86), (0.08, 0.86), (-0.025, 0.265), (0.025, 0.265), (-0.06, 0.275), (0.06, 0.275))
 
@@ -39,15 +38,15 @@ class Take:
     label: int
     frames_valid: int
 
-    def unit(self, *what: object) -> float:
+    def unit(self, *what: int | str) -> float:
         return unit(self.seed, self.source, self.window, *what)
 
 
 def perform(take: Take, num_classes: int, spec: ClipSpec) -> tuple[np.ndarray, np.ndarray]:
     """Video uint8 (T, H, W, 3) RGB and keypoints 0/1 uint8 (T, H, W) of one take; from `frames_valid` on all is zero."""
     margin_px = max(1, min(spec.height, spec.width) // 50)
-    scene = room((take.seed, take.source), spec.height + 2 * margin_px, spec.width + 2 * margin_px)
-    puppets = cast_puppets(take, hand_speeds(num_classes)[take.label])
+    scene = room(take.seed, take.source, spec.height + 2 * margin_px, spec.width + 2 * margin_px)
+    puppets = cast_puppets(take, num_classes)
     for puppet in puppets:
         puppet.paint_body(Canvas(scene, spec, margin_px, margin_px))
     video, keypoints = np.zeros(spec.video_shape, np.uint8), np.zeros(spec.mask_shape, np.uint8)
@@ -64,29 +63,29 @@ def perform(take: Take, num_classes: int, spec: ClipSpec) -> tuple[np.ndarray, n
     return video, keypoints
 
 
-def hand_speeds(num_classes: int) -> list[tuple[float, float]]:
-    """For each class the cycles a clip of its two hands, in any order: still, both move, then one of them; then other speeds.
-
-    At most six cycles a clip, so that sixteen frames of it still show which way a hand goes.
-    """
-    num_speeds = next(n for n in itertools.count(1) if n * (n + 1) // 2 >= num_classes)
-    fastest = min(6.0, 2.5 * (num_speeds - 1))
-    speeds = [fastest * i / max(1, num_speeds - 1) for i in range(num_speeds)]
-    pairs = [(speed, speed) for speed in speeds] + list(itertools.combinations(speeds, 2))
-    return pairs[:num_classes]
+def restless_parts(label: int, num_classes: int) -> tuple[bool, ...]:
+    """In which parts of the clip the hands of a class move: never, always, then only in some of its halves, quarters …"""
+    num_parts = max(1, (num_classes - 1).bit_length())
+    masks = [0, 2**num_parts - 1, *range(1, 2**num_parts - 1)]
+    return tuple(bool(masks[label] >> part & 1) for part in range(num_parts))
 
 
-def cast_puppets(take: Take, speeds: tuple[float, float]) -> list[Puppet]:
+def cast_puppets(take: Take, num_classes: int) -> list[Puppet]:
     """Who is on stage, back to front: in a third of the sources somebody at the edge who sits still, and the one who acts."""
     clothes = (take.seed, take.source)
     puppets = []
     if unit(*clothes, "bystander") < 0.3:
-        place = 0.10 if take.unit("edge") < 0.5 else 0.90
-        puppets.append(Puppet(place, 0.6, unit(*clothes, "second shirt"), 1.0, (take.unit("b0"), take.unit("b1")), (0.0, 0.0)))
-    starts = (take.unit("left hand"), take.unit("right hand"))
-    swapped = speeds if take.unit("swap") < 0.5 else speeds[::-1]
-    pace = tuple(speed * (0.85 + 0.3 * take.unit("pace", i)) + 0.12 * take.unit("drift", i) for i, speed in enumerate(swapped))
-    acting = Puppet(0.42 + 0.16 * take.unit("place"), 0.85 + 0.25 * take.unit("scale"), unit(*clothes, "shirt"), 0.7 + 0.5 * take.unit("reach"), starts, pace)
+        place = 0.08 if take.unit("edge") < 0.5 else 0.92
+        puppets.append(Puppet(place, 0.5, unit(*clothes, "second shirt"), 1.0, take.unit("second start"), 0.0, (False,)))
+    acting = Puppet(
+        place=0.42 + 0.16 * take.unit("place"),
+        scale=0.85 + 0.25 * take.unit("scale"),
+        shirt=unit(*clothes, "shirt"),
+        reach=0.8 + 0.3 * take.unit("reach"),
+        start=take.unit("start"),
+        speed=CYCLES * (0.85 + 0.3 * take.unit("speed")),
+        restless=restless_parts(take.label, num_classes),
+    )
     return [*puppets, acting]
 
 
@@ -96,20 +95,25 @@ class Puppet:
 
     place: float
     scale: float
-    shirt: float  # 0 … 1: dark on light below a half, light on dark above
+    shirt: float  # 0 … 1: what it wears
     reach: float
-    starts: tuple[float, ...]  # left and right hand, in turns
-    speeds: tuple[float, ...]  # left and right hand, in turns a clip
+    start: float  # where on their path the hands start, in turns: uniform
+    speed: float  # turns a clip
+    restless: tuple[bool, ...]  # equal parts of the clip, and whether the hands move in each
 
     def at(self, x: float, y: float) -> Point:
         return self.place + self.scale * x, 0.6 + self.scale * (y - 0.6)
 
-    def arm(self, hand: int, now: float) -> tuple[Point, Point, Point]:
-        """Shoulder, elbow and wrist at `now`, which is 0 … 1 over the clip."""
-        side = 2 * hand - 1
-        turn = self.starts[hand] + self.speeds[hand] * now
-        upper = 0.08 + 0.06 * self.reach * wave(turn)  # from straight down, outwards, in turns
-        fore = 0.30 + 0.14 * self.reach * wave(turn + 0.1)
+    def turn(self, now: float) -> float:
+        """Where on their path the hands are at `now`, which is 0 … 1 over the clip."""
+        share = 1 / len(self.restless)
+        return self.start + self.speed * sum(min(share, max(0.0, now - part * share)) for part, moving in enumerate(self.restless) if moving)
+
+    def arm(self, side: int, now: float) -> tuple[Point, Point, Point]:
+        """Shoulder, elbow and wrist; side is -1 or 1."""
+        turn = self.turn(now)
+        upper = 0.22 + 0.14 * self.reach * wave(turn)  # from straight down, outwards, in turns
+        fore = 0.27 + 0.16 * self.reach * wave(turn + 0.05)
         x, y = 0.12 * side, 0.43
         elbow = x + UPPER_ARM * side * wave(upper), y + UPPER_ARM * wave(upper + 0.25)
         wrist = elbow[0] + FOREARM * side * wave(fore), elbow[1] + FOREARM * wave(fore + 0.25)
@@ -117,15 +121,12 @@ class Puppet:
 
     def joints(self, now: float) -> list[Point]:
         """The fifteen joints that a sitting person shows."""
-        return [*self.arm(0, now), *self.arm(1, now), *(self.at(x, y) for x, y in STILL_JOINTS)]
+        return [*self.arm(-1, now), *self.arm(1, now), *(self.at(x, y) for x, y in STILL_JOINTS)]
 
     def colours(self) -> tuple[Colour, Colour, Colour]:
-        """Skin, shirt and sleeve; the sleeve stands out from the shirt and from the room, which is neither dark nor light."""
-        light = 60 * self.shirt
-        skin = (170.0 + light, 120.0 + light, 95.0 + light)
-        if self.shirt < 0.5:
-            return skin, (60.0 + light, 70.0, 110.0), (15.0, 20.0 + light, 25.0)
-        return skin, (150.0, 100.0 + light, 120.0), (235.0, 235.0, 180.0 + light)
+        """Skin, shirt and sleeve: light sleeves before a dark room, so that a tiny model sees them soon."""
+        light = 50 * self.shirt
+        return (150 + light, 100 + light, 75 + light), (30 + light, 40 + light, 90 - light), (235, 235, 180 + light)
 
     def paint_body(self, canvas: Canvas) -> None:
         skin, shirt, _ = self.colours()
@@ -136,11 +137,11 @@ class Puppet:
 
     def paint_arms(self, canvas: Canvas, now: float) -> None:
         skin, _, sleeve = self.colours()
-        for hand in (0, 1):
-            shoulder, elbow, wrist = self.arm(hand, now)
-            canvas.limb(shoulder, elbow, 0.033 * self.scale, sleeve)
-            canvas.limb(elbow, wrist, 0.027 * self.scale, sleeve)
-            canvas.limb(wrist, wrist, 0.040 * self.scale, skin)
+        for side in (-1, 1):
+            shoulder, elbow, wrist = self.arm(side, now)
+            canvas.limb(shoulder, elbow, 0.046 * self.scale, sleeve)
+            canvas.limb(elbow, wrist, 0.038 * self.scale, sleeve)
+            canvas.limb(wrist, wrist, 0.052 * self.scale, skin)
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,12 @@ def _span(a: float, b: float, radius_px: float, size: int) -> slice:
     return slice(min(size, max(0, low)), max(0, min(size, high)))
 
 
-def room(source: tuple[object, ...], height: int, width: int) -> np.ndarray:
+def room(seed: int, source: str, height: int, width: int) -> np.ndarray:
     """A blurred background uint8 (height, width, 3) with a fine grain, different for each source."""
-    picture = np.zeros((height, width, 3), np.float32) + np.float32(125)
-    for cells, contrast in ((3, 90), (8, 45), (24, 14)):
-        picture += (blurred(noise((*source, "room", cells), (cells + 1, cells + 1, 3)), height, width) - np.float32(0.5)) * np.float32(contrast)
-    grain = noise((*source, "grain"), (height, width, 1)) * np.float32(4)
+    picture = np.zeros((height, width, 3), np.float32) + np.float32(75)
+    for cells, contrast in ((3, 45), (8, 22), (24, 7)):
+        picture += (blurred(noise((cells + 1, cells + 1, 3), seed, source, "room", cells), height, width) - np.float32(0.5)) * np.float32(contrast)
+    grain = noise((height, width, 1), seed, source, "grain") * np.float32(4)
     return (picture + grain).astype(np.uint8)
 
 
@@ -201,18 +202,11 @@ def wave(turn: float) -> float:
     return SINES[math.floor(turn * 4096) % 4096]
 
 
-def unit(*what: object) -> float:
+def unit(*what: int | str) -> float:
     """A number in [0, 1) that belongs to what it stands for."""
-    return _bits(what) / 2**64
+    return hash64(*what) / 2**64
 
 
-def noise(what: Sequence[object], shape: tuple[int, ...]) -> np.ndarray:
-    """float32 in [0, 1) of that shape: splitmix64 counted up from the hash of `what`."""
-    z = np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(_bits(tuple(what)))
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z >> np.uint64(40)).astype(np.float32) / np.float32(2**24)).reshape(shape)
-
-
-def _bits(what: tuple[object, ...]) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "little")
+def noise(shape: tuple[int, ...], *what: int | str) -> np.ndarray:
+    """float32 in [0, 1) of that shape."""
+    return uniforms(math.prod(shape), *what).astype(np.float32).reshape(shape)

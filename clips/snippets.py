@@ -5,6 +5,7 @@ find -> check_headers (all files, before any work) -> read (one file, every valu
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -107,8 +108,12 @@ def find(home: Path, splits: Sequence[str] = (), classes: Sequence[str] = (), so
     order = class_order(found, classes)
     settings = parse_home_name(home.name)
     wanted = [split for split in present if split in splits] if splits else present
+    length_ms = int(settings["length_ms"]) if settings else None
     by_split = {
-        split: _snippets(home, split, {name: paths[split].get(name, []) for name in order}, order, settings, source_pattern) for split in wanted
+        split: from_listing(
+            [(f"{split}/{class_name}/{name}", size) for class_name, files in paths[split].items() for name, size in files], order, length_ms, source_pattern
+        )
+        for split in wanted
     }
     return Home(home, order, by_split, settings)
 
@@ -149,8 +154,8 @@ def unlabelled(file: Path) -> Snippet:
     return Snippet(path, path.removesuffix(".npz"), "", "", -1, source, index, None, None, file.stat().st_size)
 
 
-def check_headers(home: Path, snippets: Sequence[Snippet], names: ArrayNames) -> tuple[ClipSpec, tuple[str, ...], list[Bad]]:
-    """The geometry that most snippets have, the names of further arrays, and every snippet that cannot be packed.
+def check_headers(home: Path, snippets: Sequence[Snippet], names: ArrayNames) -> tuple[ClipSpec, dict[str, int], list[Bad]]:
+    """The geometry that most snippets have, further arrays with the bytes of the largest, and every snippet that cannot be packed.
 
     Reads only headers: about a millisecond a file.
     """
@@ -165,13 +170,15 @@ def check_headers(home: Path, snippets: Sequence[Snippet], names: ArrayNames) ->
             + (f"the first holds {found or 'nothing'}. Name the array with --video-key." if found is not None else f"the first is bad: {first}")
         )
     spec = ClipSpec(*shapes.most_common(1)[0][0][:3])
-    extras = {name for r in results if isinstance(r, dict) for name in r if name not in (names.video, names.keypoints)}
+    extras: dict[str, int] = {}
+    for name, header in (pair for r in results if isinstance(r, dict) for pair in r.items() if pair[0] not in (names.video, names.keypoints)):
+        extras[name] = max(extras.get(name, 0), header.dtype.itemsize * math.prod(header.shape))
     bad = []
     for snippet, result in zip(snippets, results, strict=True):
         reason = result if isinstance(result, str) else _header_fault(result, spec, names)
         if reason:
             bad.append(Bad(snippet.path, reason))
-    return spec, tuple(sorted(extras)), bad
+    return spec, dict(sorted(extras.items())), bad
 
 
 def read(path: Path, spec: ClipSpec | None, names: ArrayNames, extras: Sequence[str] = ()) -> Content:
@@ -221,33 +228,26 @@ def _glimpse(home: Path) -> str:
     return (", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder"
 
 
-def _snippets(
-    home: Path,
-    split: str,
-    files: dict[str, list[tuple[str, int]]],
-    order: tuple[str, ...],
-    settings: dict[str, str | int | float] | None,
-    source_pattern: str,
-) -> tuple[Snippet, ...]:
+def from_listing(files: Iterable[tuple[str, int]], classes: Sequence[str], length_ms: int | None, source_pattern: str) -> tuple[Snippet, ...]:
+    """The snippets of one split, sorted by key, from (path from the home, bytes) alone: no file is looked at."""
     pattern = _compiled(source_pattern)
     snippets = []
-    for class_name, names in files.items():
-        for name, file_bytes in names:
-            path = f"{split}/{class_name}/{name}"
-            if not path.isprintable() or any("\udc80" <= c <= "\udcff" for c in path):
-                raise InputError(f"{home}: {path!r} is not a printable UTF-8 name. Rename the file.")
-            match = pattern.match(name.removesuffix(".npz"))
-            groups = match.groupdict() if match else {}
-            source, index = groups.get("source") or name.removesuffix(".npz"), groups.get("index")
-            if index and not index.isdecimal():
-                raise InputError(f"--source-pattern {source_pattern}: its group 'index' takes {index!r} from {path}; expected digits.")
-            number = int(index) if index and len(index) <= MOST_DIGITS else None
-            snippets.append(Snippet(path, key_of(path), split, class_name, order.index(class_name), source, number, None, None, file_bytes))
+    for path, file_bytes in files:
+        split, class_name, name = path.split("/")
+        if not path.isprintable() or any("\udc80" <= c <= "\udcff" for c in path):
+            raise InputError(f"{path!r} is not a printable UTF-8 name. Rename the file.")
+        match = pattern.match(name.removesuffix(".npz"))
+        groups = match.groupdict() if match else {}
+        source, index = groups.get("source") or name.removesuffix(".npz"), groups.get("index")
+        if index and not index.isdecimal():
+            raise InputError(f"--source-pattern {source_pattern}: its group 'index' takes {index!r} from {path}; expected digits.")
+        number = int(index) if index and len(index) <= MOST_DIGITS else None
+        snippets.append(Snippet(path, key_of(path), split, class_name, classes.index(class_name), source, number, None, None, file_bytes))
     snippets.sort(key=lambda snippet: snippet.key.encode())
     for before, after in pairwise(snippets):
         if before.key == after.key:
-            raise InputError(f"{home}: {before.path} and {after.path} would both be the clip '{before.key}'. Rename one of them.")
-    return _with_times(snippets, int(settings["length_ms"]) if settings else None)
+            raise InputError(f"{before.path} and {after.path} would both be the clip '{before.key}'. Rename one of them.")
+    return _with_times(snippets, length_ms)
 
 
 def _compiled(source_pattern: str) -> re.Pattern[str]:

@@ -19,6 +19,7 @@ import numpy as np
 from .clip import ClipSpec
 from .environment import allocated_cpus
 from .errors import InputError
+from .mix import permutation
 from .puppets import Take, perform, unit
 
 HOME_NAME = "ellen_show_length_1300_sample_rate_1_iou_0.55"
@@ -36,10 +37,11 @@ def write_snippets(output: Path, num_clips: int, spec: ClipSpec = DEFAULT_SPEC, 
     """
     if num_clips < 1:
         raise InputError(f"--clips {num_clips}: expected at least 1")
-    if not classes or len(set(classes)) < len(classes) or any(name in (".", "..") or Path(name).name != name for name in classes):
+    if not classes or len(set(classes)) < len(classes) or any(name in ("", ".", "..") or Path(name).name != name for name in classes):
         raise InputError(f"--classes {' '.join(classes)}: expected at least one, all different, each the name of a folder")
     home = Path(output) / HOME_NAME
-    files = {f"{split}/{classes[take.label]}/{take.window:09d}_{take.source}.npz": take for split, take in plan_takes(num_clips, spec.frames, len(classes), seed)}
+    plan = plan_takes(num_clips, spec.frames, len(classes), seed)
+    files = {f"{split}/{classes[take.label]}/{take.window:09d}_{take.source}.npz": take for split, take in plan}
     if home.exists():
         _check_same(home, files, spec, len(classes))
         return home
@@ -66,7 +68,7 @@ def plan_takes(num_clips: int, frames: int, num_classes: int, seed: int) -> list
         for number in range(num):
             num_sources += number % windows == 0
             turn, place = divmod(number, num_classes)
-            label = sorted(range(num_classes), key=lambda k: unit(seed, split, turn, k))[place]  # noqa: B023 - used at once
+            label = int(permutation(num_classes, seed, split, turn)[place])
             padded = 1 + math.floor(unit(seed, split, number, "padding") * frames / 2) if number % PADDED_EVERY == PADDED_EVERY - 1 else 0
             takes.append((split, Take(seed, f"madeup_{num_sources:04d}", number % windows, label, max(1, frames - padded))))
     return takes

@@ -1,4 +1,4 @@
-"""python -m convert synthesize|pack|verify: npz snippets to shards."""
+"""python -m convert synthesize|pack|merge|verify|unpack|view|describe: npz snippets to shards, and back."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from clips import command
 from clips.clip import ClipSpec
 from clips.synthetic import write_snippets
 
+from .describe import DescribeConfig, describe
+from .merge import MergeConfig, merge
 from .pack import PackConfig, pack
+from .unpack import UnpackConfig, unpack
 from .verify import VerifyConfig, verify
+from .view import ViewConfig, view
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,28 @@ class SynthesizeConfig:
 def main() -> int:
     """The exit code of the verb."""
     command.show_log()
-    verbs = {"synthesize": SynthesizeConfig, "pack": PackConfig, "verify": VerifyConfig}
+    verbs = {
+        "synthesize": SynthesizeConfig,
+        "pack": PackConfig,
+        "merge": MergeConfig,
+        "verify": VerifyConfig,
+        "unpack": UnpackConfig,
+        "view": ViewConfig,
+        "describe": DescribeConfig,
+    }
     config = command.parse_verb(verbs, "python -m convert", "npz snippets to sharded tar archives")
     if isinstance(config, PackConfig):
         pack(config)
+    elif isinstance(config, MergeConfig):
+        merge(config)
     elif isinstance(config, VerifyConfig):
         return verify(config)
+    elif isinstance(config, UnpackConfig):
+        return unpack(config)
+    elif isinstance(config, ViewConfig):
+        return view(config)
+    elif isinstance(config, DescribeConfig):
+        return describe(config)
     elif isinstance(config, SynthesizeConfig):
         spec = ClipSpec(config.frames, config.size, config.size)
         print(write_snippets(config.output, config.clips, spec, config.classes, config.seed))

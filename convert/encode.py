@@ -38,7 +38,9 @@ class EncodedClip:
     """The members (suffix, bytes) in their order; FRAME records with offsets from the start of frames.mp."""
 
     facts: ClipFacts
+    video_sha256: str
     dhash: bytes
+    frames_constant: int
     members: tuple[tuple[str, bytes], ...]
     frames: np.ndarray
 
@@ -49,15 +51,14 @@ def encode_clip(home: Path, snippet: Snippet, recipe: Recipe, codec: Codec) -> E
     facts = ClipFacts(snippet.key, snippet.label, snippet.source, snippet.index, snippet.begin_ms, snippet.end_ms, content.frames_valid)
     blobs = [codec.encode(frame) for frame in stored_frames(content.video, recipe.stored)]
     frames_member, records = pack_frames(codec.name, recipe.stored.video_shape, blobs)
-    members = [
-        ("cls", str(snippet.label).encode()),
-        ("frames.mp", frames_member),
-        ("json", pack_json(_provenance(snippet, content, recipe))),
-    ]
-    if content.points is not None:
-        members.append(("keypoints.mp", pack_points(content.points, recipe.source.mask_shape)))
-    members += [(f"{name}.mp", pack_array(array)) for name, array in sorted(content.extras.items())]
-    return EncodedClip(facts, dhash(content.video[: content.frames_valid]), tuple(members), records)
+    others = [("keypoints.mp", pack_points(content.points, recipe.source.mask_shape))] if content.points is not None else []
+    others += [(f"{name}.mp", pack_array(array)) for name, array in sorted(content.extras.items())]
+    provenance = _provenance(snippet, content, recipe)
+    provenance["members"] = {suffix: hashlib.sha256(blob).hexdigest() for suffix, blob in [("frames.mp", frames_member), *others]}
+    members = [("cls", str(snippet.label).encode()), ("frames.mp", frames_member), ("json", pack_json(provenance)), *others]
+    valid = content.video[: content.frames_valid]
+    video_sha256 = provenance["arrays"][recipe.names.video]["sha256"]
+    return EncodedClip(facts, video_sha256, dhash(valid), num_constant(valid), tuple(members), records)
 
 
 def stored_frames(video: np.ndarray, stored: ClipSpec) -> np.ndarray:
@@ -66,6 +67,12 @@ def stored_frames(video: np.ndarray, stored: ClipSpec) -> np.ndarray:
         return video
     size = (stored.width, stored.height)
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in video])
+
+
+def num_constant(frames: np.ndarray) -> int:
+    """How many frames are of one colour throughout; a look at the diagonal spares most frames the full comparison."""
+    diagonal = np.arange(min(frames.shape[1:3]))
+    return sum(bool((frame[diagonal, diagonal] == frame[0, 0]).all() and (frame == frame[0, 0]).all()) for frame in frames)
 
 
 def dhash(frames: np.ndarray) -> bytes:

@@ -1,52 +1,35 @@
-"""The whole conversion: find -> check all headers -> plan -> pack the missing shards in parallel -> manifest."""
+"""The whole conversion: find -> check all headers -> plan -> pack the missing shards of a share in parallel -> join."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import multiprocessing
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from multiprocessing.sharedctypes import Synchronized
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
-from tqdm import tqdm
 
 from clips import snippets as source
 from clips.clip import ClipSpec
 from clips.codecs import CODECS, make_codec
-from clips.environment import allocated_cpus
+from clips.environment import Array, allocated_cpus, job_array
 from clips.errors import InputError
-from clips.files import sha256_of, write_once
-from clips.format import FormatError, ShardIndex, unpack_index
-from clips.manifest import (
-    Manifest,
-    ShardEntry,
-    SplitEntry,
-    index_path,
-    is_packed,
-    read_manifest,
-    tar_path,
-    write_manifest,
-)
+from clips.files import write_once
+from clips.manifest import Manifest, is_packed, read_manifest
 from clips.npz import BadNpz
 from clips.registry import check_name
-from clips.snippets import SOURCE_PATTERN, ArrayNames, Bad, KeypointsMode, Snippet
+from clips.snippets import SOURCE_PATTERN, ArrayNames, KeypointsMode, Snippet
 
-from .encode import EncodedClip, Recipe, encode_clip
-from .sharding import SplitPlan, clips_per_shard, differences, plan_split
-from .writer import write_shard
+from .claim import claimed
+from .encode import Recipe
+from .merge import PLAN, check_budget, indexes, join, read_plan_file, remove_leftovers, whole
+from .sharding import SplitPlan, clips_per_shard, differences, plan_split, with_mended
+from .work import changed, pack_shards
 
 logger = logging.getLogger(__name__)
 
-CLIPS_IN_FLIGHT = 2  # per thread: one being written, one being read
-MAX_BAD_LISTED = 1000  # a folder with more bad snippets than this is the wrong folder: stop early
+MAX_BAD_LISTED = 1000  # beyond the budget: a folder with more bad snippets than this is the wrong folder, stop early
 
 
 @dataclass(frozen=True)
@@ -83,6 +66,14 @@ class PackConfig:
     """Class folders in label order; default: nongesture gesture, or sorted names."""
     source_pattern: str = SOURCE_PATTERN
     """Regular expression with groups index and source, matched against file names without suffix."""
+    max_bad_clips: int = 0
+    """Bad snippets that may be left out, over all splits and shares; each is named in bad.jsonl and in the manifest."""
+    task: int | None = None
+    """Pack only this share, 0 … tasks − 1; default: SLURM_ARRAY_TASK_ID in a job array."""
+    tasks: int | None = None
+    """The number of shares; default: the job array's, where its elements are 0 … count − 1. `merge` joins them."""
+    near_duplicates: bool = False
+    """Also look for clips of different splits that look nearly alike."""
 
     def __post_init__(self) -> None:
         check_name(CODECS, self.codec, "--codec")
@@ -90,46 +81,79 @@ class PackConfig:
             raise InputError(f"--workers {self.workers}: expected at least 1.")
         if not 0 < self.shard_mib < math.inf:
             raise InputError(f"--shard-mib {self.shard_mib}: expected a size above 0.")
+        if self.max_bad_clips < 0:
+            raise InputError(f"--max-bad-clips {self.max_bad_clips}: expected 0 or more.")
+        if self.tasks is not None and self.tasks < 1:
+            raise InputError(f"--tasks {self.tasks}: expected at least 1.")
         if self.store_size is not None and self.codec != "jpeg":
             raise InputError(f"--store-size {self.store_size} with --codec {self.codec}: smaller frames are not bit-exact. Take --codec jpeg or leave it out.")
 
 
-def pack(config: PackConfig) -> Manifest:
-    """The manifest of the packed folder. Raises InputError; then shards that are whole stay, and nothing else does."""
+def pack(config: PackConfig) -> Manifest | None:
+    """The manifest of the packed folder; None for one share of several, which `merge` joins.
+
+    Raises InputError; then shards that are whole stay, and nothing else does.
+    """
     if is_packed(config.dataset_home):
         raise InputError(f"--dataset-home {config.dataset_home}: holds shards already; expected npz snippets.")
+    task, tasks = share(config)
     home = source.find(config.dataset_home, config.splits, config.classes, config.source_pattern)
-    manifest, recipe = _settle(config, home)
-    plans = _plans(config, home, manifest)
-    _claim(config.output, manifest, plans)
-    missing = [(plan, number) for plan in plans for number in range(len(plan.shards)) if not _is_whole(config.output, plan, number)]
-    total = sum(len(plan.shards) for plan in plans)
-    logger.info(f"packing {len(missing)} shards ({total - len(missing)} of {total} are already there)")
-    bad = _pack_shards(config, home.path, recipe, missing)
-    if bad:
-        num_snippets = sum(map(len, home.splits.values()))
-        folders = " and ".join(sorted({str(config.output / one.path.split("/")[0]) for one in bad}))
-        raise source.list_bad(bad, num_snippets, f"Mend or move these files; with others it is another plan, so remove {folders}, then run the same command.")
-    packed = {plan.split: _split_entry(config.output, plan, len(home.classes)) for plan in plans}
-    earlier = read_manifest(config.output) if is_packed(config.output) else manifest
-    manifest = replace(manifest, splits=earlier.splits | packed)
-    if manifest != earlier:
-        write_manifest(config.output, manifest)
-    _report(home, manifest)
-    return manifest
+    manifest, recipe, extra_bytes = _settle(config, home)
+    per_shard = clips_per_shard(make_codec(manifest.codec, manifest.codec_settings), manifest.stored, extra_bytes, config.shard_mib)
+    plans = [plan_split(split, snippets, manifest.settings(), per_shard) for split, snippets in home.splits.items()]
+    plans = _claim_folder(config.output, manifest, plans)
+    jobs = [(plan, number) for plan in plans for number in range(len(plan.shards))]
+    mine = [job for place, job in enumerate(jobs) if place % tasks == task]
+    try:
+        with claimed(config.output / f".share-{task}-of-{tasks}.claim"):
+            remove_leftovers(config.output, mine)
+            missing = [job for job in mine if not _is_done(config.output, home.path, recipe, *job)]
+            named = f"share {task} of {tasks}: " if tasks > 1 else ""
+            logger.info(f"{named}packing {len(missing)} shards ({len(mine) - len(missing)} of {len(mine)} are already there)")
+            workers = config.workers or allocated_cpus()
+            pack_shards(home.path, config.output, recipe, missing, workers, config.max_bad_clips + MAX_BAD_LISTED)
+    except OSError as error:
+        raise InputError(f"--output {config.output}: {error.strerror or error}. Look after the folder, then run the same command.") from error
+    check_budget(config.output, plans, config.max_bad_clips)
+    if tasks > 1:
+        logger.info(f"share {task} of {tasks} is packed; when all are: python -m convert merge {config.output}")
+        return None
+    return join(config.output, plans, config.near_duplicates)
 
 
-def _settle(config: PackConfig, home: source.Home) -> tuple[Manifest, Recipe]:
-    """Every header read and every setting decided, before anything is written."""
+def share(config: PackConfig, environ: Array | None = None) -> tuple[int, int]:
+    """This run's share and the number of shares: as asked, or the job array's when its elements are 0 … count − 1."""
+    array = environ if environ is not None else job_array()
+    tasks = config.tasks
+    if tasks is None and array is not None and (array.lowest, array.highest) == (0, array.count - 1):
+        tasks = array.count
+    if tasks is None and array is not None and config.task is None:
+        raise InputError(
+            f"--tasks: missing; this job array has {array.count} elements, {array.lowest} … {array.highest}, so the number of shares cannot be told from it. "
+            "Give --tasks of the first array, so that the shares stay the same."
+        )
+    if tasks is None and config.task is not None:
+        raise InputError(f"--tasks: missing; --task {config.task} is one share of how many?")
+    tasks = tasks or 1
+    task = config.task if config.task is not None else array.element if array is not None else None
+    if task is None and tasks > 1:
+        raise InputError(f"--task: missing; expected 0 … {tasks - 1}, the share of --tasks {tasks} that this run packs.")
+    if not 0 <= (task or 0) < tasks:
+        raise InputError(f"--task {task}: expected 0 … {tasks - 1} for --tasks {tasks}.")
+    return task or 0, tasks
+
+
+def _settle(config: PackConfig, home: source.Home) -> tuple[Manifest, Recipe, int]:
+    """Every header read and every setting decided, before anything is written; with them the bytes of kept arrays of a clip."""
     snippets = [snippet for split in home.splits.values() for snippet in split]
     names = ArrayNames(config.video_key, config.keypoints_key, config.keypoints)
     spec, extras, bad = source.check_headers(home.path, snippets, names)
-    if bad:
-        raise source.list_bad(bad, len(snippets), "Mend or move these files, then run the same command.")
+    if len(bad) > config.max_bad_clips:
+        raise source.list_bad(bad, len(snippets), f"Mend or move these files, or allow them with --max-bad-clips {len(bad)}, then run the same command.")
     if extras and config.extras == "ask":
         raise InputError(f"{home.path}: snippets also hold {', '.join(extras)}. Say --extras keep (stored bit-exact) or --extras drop.")
     codec = make_codec(config.codec, {"quality": config.quality} if config.codec == "jpeg" else {"level": config.level})
-    kept = extras if config.extras == "keep" else ()
+    kept = tuple(extras) if config.extras == "keep" else ()
     if clash := sorted(set(kept) & {"frames", "json", "cls", "keypoints"} | {name for name in kept if not name.isidentifier()}):
         raise InputError(f"{home.path}: arrays named {', '.join(clash)} cannot be members of a shard. Rename them, or say --extras drop.")
     stored = stored_spec(spec, config.store_size)
@@ -144,7 +168,7 @@ def _settle(config: PackConfig, home: source.Home) -> tuple[Manifest, Recipe]:
     }
     where = {"folder": home.path.name, **(home.settings or {})}
     manifest = Manifest(codec.name, codec.settings(), spec, stored, home.classes, where, arrays, config.source_pattern)
-    return manifest, Recipe(codec.name, codec.settings(), spec, stored, names, tuple(kept))
+    return manifest, Recipe(codec.name, codec.settings(), spec, stored, names, kept), sum(extras[name] for name in kept)
 
 
 def stored_spec(source_spec: ClipSpec, store_size: int | None) -> ClipSpec:
@@ -157,161 +181,50 @@ def stored_spec(source_spec: ClipSpec, store_size: int | None) -> ClipSpec:
     return ClipSpec(source_spec.frames, round(source_spec.height * store_size / shorter), round(source_spec.width * store_size / shorter))
 
 
-def _plans(config: PackConfig, home: source.Home, manifest: Manifest) -> list[SplitPlan]:
-    codec = make_codec(manifest.codec, manifest.codec_settings)
-    per_shard = clips_per_shard(codec, manifest.stored, config.shard_mib)
-    settings = manifest.settings() | {"length_ms": manifest.home.get("length_ms")}
-    return [plan_split(split, snippets, settings, per_shard) for split, snippets in home.splits.items()]
-
-
-def _claim(output: Path, manifest: Manifest, plans: Sequence[SplitPlan]) -> None:
+def _claim_folder(output: Path, manifest: Manifest, plans: Sequence[SplitPlan]) -> list[SplitPlan]:
     """Makes each split's plan.json, exclusively; a folder in use by another plan is an InputError that says what differs."""
-    for plan in plans:
-        path = output / plan.split / "plan.json"
-        if path.exists():
-            _compare(output, plan, path)
     if is_packed(output) and (theirs := read_manifest(output)).settings() != manifest.settings():
         changed = [name for name, value in manifest.settings().items() if theirs.settings()[name] != value]
         raise InputError(f"--output {output}: its shards were packed with another {', '.join(changed)}. Take another folder or the same settings.")
+    for plan in plans:  # all are compared before any is made
+        if (output / plan.split / PLAN).exists():
+            _theirs(output, plan)
     for plan in plans:
-        folder = output / plan.split
-        if (folder / "plan.json").exists():
-            continue
+        path = output / plan.split / PLAN
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_once(folder / "plan.json", json.dumps({"plan_id": plan.plan_id, "inputs": plan.inputs}, ensure_ascii=False).encode())
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                made = {"plan_id": plan.plan_id, "inputs": plan.inputs, "folder": manifest.home["folder"]}
+                write_once(path, json.dumps(made, ensure_ascii=False).encode())
         except OSError as error:
             raise InputError(f"--output {output}: cannot be written ({error.strerror or error}). Take a folder that is writable and has space.") from error
-        _compare(output, plan, folder / "plan.json")
+    return [_theirs(output, plan) for plan in plans]
 
 
-def _compare(output: Path, plan: SplitPlan, path: Path) -> None:
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        same, differing = theirs["plan_id"] == plan.plan_id, differences(plan.inputs, theirs["inputs"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not readable as a plan ({error}). Take another --output, or remove {path.parent}.") from error
-    if not same:
-        found = "; ".join(differing) or "its plan id"
+def _theirs(output: Path, plan: SplitPlan) -> SplitPlan:
+    """The plan that holds the folder: mine, or one that differs in mended files alone."""
+    theirs = read_plan_file(output, plan.split)
+    if theirs.plan_id == plan.plan_id:
+        return plan
+    mended = with_mended(theirs, plan, {one["path"] for index in indexes(output, theirs).values() for one in index.bad})
+    if mended is None:
+        found = "; ".join(differences(plan.inputs, theirs.inputs)) or "its plan id"
         raise InputError(f"--output {output}: {plan.split} is in use by another plan: {found}. Take another folder or the same settings.")
+    return mended
 
 
-def _is_whole(output: Path, plan: SplitPlan, number: int) -> bool:
-    index = _index_if_there(output, plan, number)
-    tar = tar_path(output, plan.split, plan.shard_name(number))
-    return index is not None and index.plan_id == plan.plan_id and tar.is_file() and tar.stat().st_size == index.tar_bytes
+def _is_done(output: Path, home: Path, recipe: Recipe, plan: SplitPlan, number: int) -> bool:
+    """Whether the shard is whole, and its bad snippets, if any, are bad still."""
+    index = whole(output, plan, number)
+    if index is None:
+        return False
+    left_out = {one["path"] for one in index.bad}
+    return all(_is_bad(home, snippet, recipe) for snippet in plan.shards[number] if snippet.path in left_out)
 
 
-def _index_if_there(output: Path, plan: SplitPlan, number: int) -> ShardIndex | None:
+def _is_bad(home: Path, snippet: Snippet, recipe: Recipe) -> bool:
     try:
-        return unpack_index(index_path(output, plan.split, plan.shard_name(number)).read_bytes())
-    except (OSError, FormatError):
-        return None
-
-
-def _pack_shards(config: PackConfig, home: Path, recipe: Recipe, jobs: Sequence[tuple[SplitPlan, int]]) -> list[Bad]:
-    """Packs in `--workers` processes and returns the bad snippets; processes left over become threads inside a shard."""
-    if not jobs:
-        return []
-    workers = config.workers or allocated_cpus()
-    processes = min(workers, len(jobs))
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    total = sum(len(plan.shards[number]) for plan, number in jobs)
-    bad: list[Bad] = []
-    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(counter,))
-    progress = tqdm(total=total, unit="clips", desc="pack", smoothing=0.05)
-    try:
-        with executor, progress:
-            pending = {
-                executor.submit(_pack_shard, home, config.output, p.split, p.shard_name(n), p.plan_id, p.shards[n], recipe, -(-workers // processes))
-                for p, n in jobs
-            }
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=0.5)
-                    progress.update(counter.value - progress.n)
-                    bad += [one for future in done for one in future.result()]
-                    if len(bad) > MAX_BAD_LISTED:
-                        break
-            finally:
-                for future in pending:
-                    future.cancel()
-    except BrokenProcessPool as error:
-        raise InputError("a worker was killed, probably for want of memory. Run the same command with fewer --workers; whole shards are kept.") from error
-    return sorted(bad, key=lambda one: one.path)
-
-
-_counter: Synchronized[int]  # clips done by all workers; set in each worker's start
-
-
-def _start_worker(counter: Synchronized[int]) -> None:
-    global _counter
-    _counter = counter
-
-
-def _pack_shard(
-    home: Path, output: Path, split: str, name: str, plan_id: str, snippets: Sequence[Snippet], recipe: Recipe, threads: int
-) -> list[Bad]:
-    """Writes one shard, in a worker; a shard with bad snippets is not written and they are returned."""
-    bad: list[Bad] = []
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            write_shard(output, split, name, plan_id, _encoded(pool, threads, home, snippets, recipe, bad))
-    except _HasBad:
-        return bad
-    except OSError as error:
-        raise InputError(f"{output / split / name}: cannot be written ({error.strerror or error}). Make space, then run the same command.") from error
-    return []
-
-
-class _HasBad(Exception):
-    """The shard holds bad snippets; all of them have been looked at."""
-
-
-def _encoded(pool: ThreadPoolExecutor, threads: int, home: Path, snippets: Sequence[Snippet], recipe: Recipe, bad: list[Bad]) -> Iterator[EncodedClip]:
-    """The clips in order, encoded a few ahead; raises _HasBad at the end where `bad` was filled."""
-    codec = recipe.make_codec()
-    ahead: deque[tuple[Snippet, Future[EncodedClip]]] = deque()
-    waiting = iter(snippets)
-    while True:
-        while len(ahead) < CLIPS_IN_FLIGHT * threads - 1 and (snippet := next(waiting, None)) is not None:
-            ahead.append((snippet, pool.submit(encode_clip, home, snippet, recipe, codec)))
-        if not ahead:
-            break
-        snippet, future = ahead.popleft()
-        try:
-            clip = future.result()
-        except BadNpz as error:
-            bad.append(Bad(snippet.path, str(error)))
-            clip = None
-        with _counter.get_lock():
-            _counter.value += 1
-        if clip is not None and not bad:
-            yield clip
-    if bad:
-        raise _HasBad
-
-
-def _split_entry(output: Path, plan: SplitPlan, num_classes: int) -> SplitEntry:
-    shards = []
-    for number in range(len(plan.shards)):
-        name = plan.shard_name(number)
-        index = _index_if_there(output, plan, number)
-        if index is None:
-            raise InputError(f"{output / plan.split / name}: vanished while packing. Run the same command again.")
-        per_class = np.bincount([entry.facts.label for entry in index.clips], minlength=num_classes)
-        digest = sha256_of(index_path(output, plan.split, name))
-        shards.append(ShardEntry(name, len(index.clips), index.tar_bytes, index.tar_sha256, digest, tuple(map(int, per_class))))
-    return SplitEntry(plan.plan_id, tuple(shards))
-
-
-def _report(home: source.Home, manifest: Manifest) -> None:
-    for split, snippets in home.splits.items():
-        entry = manifest.splits[split]
-        before, after = sum(s.file_bytes for s in snippets), sum(s.tar_bytes for s in entry.shards)
-        per_class = np.sum([shard.clips_per_class for shard in entry.shards], axis=0)
-        classes = ", ".join(f"{count} {name}" for count, name in zip(per_class, manifest.classes, strict=True))
-        logger.info(f"{split}: {entry.num_clips} clips ({classes}) in {len(entry.shards)} shards, {before / 1e6:.1f} MB npz -> {after / 1e6:.1f} MB")
-        if lacking := [name for count, name in zip(per_class, manifest.classes, strict=True) if not count]:
-            logger.info(f"{split}: holds no clip of {', '.join(lacking)}")
+        source.read(home / snippet.path, recipe.source, recipe.names, recipe.extras)
+    except BadNpz:
+        return True
+    return changed(home, snippet) is not None

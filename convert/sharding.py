@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +13,10 @@ from clips.clip import ClipSpec
 from clips.codecs import Codec
 from clips.format import FORMAT_VERSION, FRAME
 from clips.mix import permutation
-from clips.snippets import Snippet
+from clips.snippets import Snippet, from_listing
 
 MEMBER_OVERHEAD_BYTES = 12 * 1024  # tar headers, padding, json, points of a clip of real size
+EXTRAS_RATIO = 0.6  # of raw bytes that zstd leaves of a picture-like array
 SEED = 0  # of the order within shards; the order of training has its own
 
 
@@ -32,6 +33,30 @@ class SplitPlan:
         return f"{self.split}-{number:06d}"
 
 
+def read_plan(packed: dict[str, Any]) -> SplitPlan:
+    """The plan that plan.json tells of; KeyError, TypeError or ValueError where it tells of none."""
+    inputs = packed["inputs"]
+    settings, files = inputs["settings"], inputs["files"]
+    if packed["plan_id"] != plan_id_of(inputs):
+        raise ValueError("its plan id is not the sha256 of its inputs")
+    snippets = from_listing([(path, size) for path, size in files], settings["classes"], settings["home"].get("length_ms"), settings["source_pattern"])
+    return SplitPlan(snippets[0].split, packed["plan_id"], inputs, deal(snippets, inputs["clips_per_shard"]))
+
+
+def with_mended(theirs: SplitPlan, mine: SplitPlan, bad_paths: Collection[str]) -> SplitPlan | None:
+    """Their plan with my files' sizes, when I differ from it in nothing but files that it could not use; None otherwise.
+
+    A mended file has another size: without this, mending one would be another plan and pack everything again.
+    """
+    if {**theirs.inputs, "files": None} != {**mine.inputs, "files": None}:
+        return None
+    before, now = dict(theirs.inputs["files"]), dict(mine.inputs["files"])
+    if now.keys() - before.keys() or any(now.get(path) != size and path not in bad_paths for path, size in before.items()):
+        return None
+    shards = tuple(tuple(replace(snippet, file_bytes=now.get(snippet.path, snippet.file_bytes)) for snippet in shard) for shard in theirs.shards)
+    return replace(theirs, shards=shards)
+
+
 def plan_split(split: str, snippets: Sequence[Snippet], settings: dict[str, Any], clips_per_shard: int) -> SplitPlan:
     """`settings` are the manifest's: codec, geometry, classes and how arrays are read."""
     inputs = {
@@ -41,9 +66,11 @@ def plan_split(split: str, snippets: Sequence[Snippet], settings: dict[str, Any]
         "clips_per_shard": clips_per_shard,
         "files": sorted([snippet.path, snippet.file_bytes] for snippet in snippets),
     }
-    text = json.dumps(inputs, sort_keys=True, ensure_ascii=False)
-    plan_id = hashlib.sha256(text.encode()).hexdigest()
-    return SplitPlan(split, plan_id, json.loads(text), deal(snippets, clips_per_shard))
+    return SplitPlan(split, plan_id_of(inputs), json.loads(json.dumps(inputs)), deal(snippets, clips_per_shard))
+
+
+def plan_id_of(inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def deal(snippets: Sequence[Snippet], clips_per_shard: int) -> tuple[tuple[Snippet, ...], ...]:
@@ -65,9 +92,9 @@ def deal(snippets: Sequence[Snippet], clips_per_shard: int) -> tuple[tuple[Snipp
     return tuple(shards)
 
 
-def clips_per_shard(codec: Codec, stored: ClipSpec, shard_mib: float) -> int:
-    """Arithmetic on geometry and settings alone, so that it never depends on what the clips hold."""
-    clip_bytes = codec.estimated_bytes(stored) + stored.frames * (FRAME.itemsize + 16) + MEMBER_OVERHEAD_BYTES
+def clips_per_shard(codec: Codec, stored: ClipSpec, extra_bytes: int, shard_mib: float) -> int:
+    """Arithmetic on geometry and settings alone, so that it never depends on what the clips hold; `extra_bytes` are those of kept arrays."""
+    clip_bytes = codec.estimated_bytes(stored) + int(extra_bytes * EXTRAS_RATIO) + stored.frames * (FRAME.itemsize + 16) + MEMBER_OVERHEAD_BYTES
     return max(1, int(shard_mib * 2**20) // clip_bytes)
 
 

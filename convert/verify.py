@@ -5,35 +5,35 @@ manifest -> each shard: sha256 -> members against the index -> frames decoded ->
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
-import multiprocessing
 import tarfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from clips import snippets as source
 from clips.codecs import make_codec
 from clips.environment import allocated_cpus
 from clips.errors import ClipError, InputError
 from clips.files import sha256_of
-from clips.format import FORMAT_VERSION, IndexEntry, unpack_array, unpack_map, unpack_points
+from clips.format import FORMAT_VERSION, IndexEntry, ShardIndex, unpack_array, unpack_map, unpack_points
 from clips.keypoints import mask_of
-from clips.manifest import Manifest, ShardEntry, index_path, read_index, read_manifest, tar_path
+from clips.manifest import Leaks, Manifest, ShardEntry, index_path, read_index, read_manifest, tar_path
 from clips.npz import BadNpz
 from clips.snippets import ArrayNames, Snippet, read
 
 from .encode import sha256_of_array, stored_frames
+from .merge import PLAN, index_fault, read_plan_file
+from .pool import count, in_processes
+from .sharding import SplitPlan
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +66,22 @@ def verify(config: VerifyConfig) -> int:
     """0 where all is well, 1 where something is wrong; problems go to the log, the verdict to stdout."""
     manifest = read_manifest(config.shards)
     snippets = _source(config, manifest)
-    reports = _check_shards(config, manifest, snippets)
-    problems = [problem for report in reports for problem in report.problems]
+    plans, problems = _plans(config.shards, manifest)
+    places = [(split, number) for split, entry in manifest.splits.items() for number in range(len(entry.shards))]
+    jobs = [_job(config, manifest, plans.get(split), split, number, snippets) for split, number in places]
+    num_clips = sum(split.num_clips for split in manifest.splits.values())
+    reports = list(in_processes(check_shard, jobs, config.workers or allocated_cpus(), num_clips, "verify"))
+    problems += sorted(problem for report in reports for problem in report.problems)
     problems += list(_strangers(config.shards, manifest)) + list(_left_out(manifest, snippets))
     for problem in problems:
         logger.error(problem)
     psnr_db = {key: value for report in reports for key, value in report.psnr_db.items()}
-    _report_psnr(psnr_db)
-    num_clips = sum(report.clips for report in reports)
-    num_shards = sum(len(split.shards) for split in manifest.splits.values())
-    print(f"{num_clips} clips in {num_shards} shards checked, {len(problems)} problems")
+    lossless = make_codec(manifest.codec, manifest.codec_settings).lossless
+    if not lossless:
+        _report_psnr(psnr_db)
+    print(f"{sum(report.clips for report in reports)} clips in {len(jobs)} shards checked, {len(problems)} problems")
     if not problems:
-        print(_verdict(manifest, psnr_db, snippets is not None))
+        print(_verdict(manifest, psnr_db, snippets is not None, lossless))
     return 1 if problems else 0
 
 
@@ -89,28 +93,41 @@ def _source(config: VerifyConfig, manifest: Manifest) -> dict[str, Snippet] | No
     return {snippet.key: snippet for split in home.splits.values() for snippet in split}
 
 
-def _check_shards(config: VerifyConfig, manifest: Manifest, snippets: dict[str, Snippet] | None) -> list[ShardReport]:
-    jobs = [(split, shard) for split, entry in manifest.splits.items() for shard in entry.shards]
-    context = multiprocessing.get_context("spawn")
-    processes = max(1, min(config.workers or allocated_cpus(), len(jobs)))
-    total = sum(shard.clips for _, shard in jobs)
-    reports = []
-    try:
-        with ProcessPoolExecutor(processes, mp_context=context) as executor, tqdm(total=total, unit="clips", desc="verify") as progress:
-            futures = [executor.submit(check_shard, config.shards, manifest, split, shard, config.dataset_home, snippets) for split, shard in jobs]
-            for future in futures:
-                reports.append(future.result())
-                progress.update(reports[-1].clips)
-    except BrokenProcessPool as error:
-        raise InputError("a worker was killed, probably for want of memory. Run the same command with fewer --workers.") from error
-    return reports
+def _plans(folder: Path, manifest: Manifest) -> tuple[dict[str, SplitPlan], list[str]]:
+    """Each split's plan, which names every clip of every shard, and what is wrong with the plans."""
+    plans, problems = {}, []
+    for split, entry in manifest.splits.items():
+        try:
+            plan = read_plan_file(folder, split)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if plan.plan_id != entry.plan_id or len(plan.shards) != len(entry.shards):
+            problems.append(f"{folder / split / PLAN}: another plan than the manifest's. Restore it, or pack again into a new folder.")
+        else:
+            plans[split] = plan
+    return plans, problems
+
+
+Job = tuple[Path, Manifest, str, int, SplitPlan | None, Path | None, dict[str, Snippet] | None]
+
+
+def _job(config: VerifyConfig, manifest: Manifest, plan: SplitPlan | None, split: str, number: int, snippets: dict[str, Snippet] | None) -> Job:
+    """What `check_shard` needs, and no more: it travels to another process."""
+    alone = replace(manifest, splits={split: manifest.splits[split]}, leaks=Leaks())
+    if plan is not None:
+        keys = {snippet.key for snippet in plan.shards[number]}
+        plan = replace(plan, inputs={}, shards=tuple(shard if place == number else () for place, shard in enumerate(plan.shards)))
+        snippets = None if snippets is None else {key: snippet for key, snippet in snippets.items() if key in keys}
+    return config.shards, alone, split, number, plan, config.dataset_home, snippets
 
 
 def check_shard(
-    folder: Path, manifest: Manifest, split: str, shard: ShardEntry, home: Path | None, snippets: dict[str, Snippet] | None
+    folder: Path, manifest: Manifest, split: str, number: int, plan: SplitPlan | None, home: Path | None, snippets: dict[str, Snippet] | None
 ) -> ShardReport:
     """Everything that can be wrong with one shard; it goes on after a problem as long as that makes sense."""
     report = ShardReport()
+    shard = manifest.splits[split].shards[number]
     path = tar_path(folder, split, shard.name)
     try:
         index = read_index(folder, split, shard)
@@ -122,8 +139,7 @@ def check_shard(
     except OSError as error:
         report.problems.append(f"{path}: cannot be read ({error.strerror or error}). Run the same pack again, or restore it.")
         return report
-    if (index.plan_id, index.shard, len(index.clips)) != (manifest.splits[split].plan_id, shard.name, shard.clips):
-        report.problems.append(f"{index_path(folder, split, shard.name)}: is of another plan or shard than the manifest says.")
+    report.problems += [f"{index_path(folder, split, shard.name)}: {fault}." for fault in _index_faults(manifest, split, shard, index, plan, number)]
     members = [(f"{e.facts.key}.{suffix}", place) for e in index.clips for suffix, place in e.members.items()]
     report.problems += _tar_problems(path, members)
     if report.problems:
@@ -140,7 +156,21 @@ def check_shard(
                 problems = [f"a member is not as format version {FORMAT_VERSION} says ({error!r})"]
             report.problems += [f"{path}: clip '{entry.facts.key}': {problem}" for problem in problems]
             report.clips += 1
+            count()
     return report
+
+
+def _index_faults(manifest: Manifest, split: str, shard: ShardEntry, index: ShardIndex, plan: SplitPlan | None, number: int) -> Iterator[str]:
+    """What index and manifest, and index and plan, disagree on."""
+    if (index.plan_id, index.shard, len(index.clips)) != (manifest.splits[split].plan_id, shard.name, shard.clips):
+        yield "is of another plan or shard than the manifest says"
+    elif plan is not None and (fault := index_fault(plan, number, index)):
+        yield fault
+    if (index.tar_bytes, index.tar_sha256) != (shard.tar_bytes, shard.tar_sha256):
+        yield "tells of another tar than the manifest"
+    per_class = [sum(entry.facts.label == label for entry in index.clips) for label in range(len(manifest.classes))]
+    if per_class != list(shard.clips_per_class):
+        yield f"holds {per_class} clips of the classes, the manifest says {list(shard.clips_per_class)}"
 
 
 def _tar_problems(path: Path, members: list[tuple[str, tuple[int, int]]]) -> Iterator[str]:
@@ -170,10 +200,18 @@ def _clip_problems(
     except (KeyError, ValueError) as error:
         yield f"a member is missing or damaged ({error!r})"
         return
-    if label != facts.label or not 0 <= label < len(manifest.classes):
-        yield f"label {label} in its member, {facts.label} in the index, {len(manifest.classes)} classes"
-    if source.key_of(provenance["path"]) != facts.key or provenance["frames_valid"] != facts.frames_valid:
-        yield "its json and the index disagree on the path or on frames_valid"
+    class_name = provenance["path"].split("/")[1]
+    if label != facts.label or class_name not in manifest.classes or manifest.classes.index(class_name) != label:
+        yield f"label {label} in its member, {facts.label} in the index, its path says {class_name}"
+    told = {name: provenance[name] for name in ("source", "index", "begin_ms", "end_ms", "frames_valid")} | {"key": source.key_of(provenance["path"])}
+    if different := sorted(name for name, value in told.items() if getattr(facts, name) != value):
+        yield f"its json and the index disagree on {', '.join(different)}"
+    if {suffix: zlib.crc32(blob) for suffix, blob in blobs.items()} != entry.crc32:
+        yield "a member has another crc32 than the index says"
+    if {suffix: hashlib.sha256(blob).hexdigest() for suffix, blob in blobs.items() if suffix not in ("cls", "json")} != provenance["members"]:
+        yield "a member is not the one that its json tells of"
+    if entry.video_sha256 != provenance["arrays"][manifest.arrays["video"]]["sha256"]:
+        yield "its json and the index disagree on the source video"
     video = np.empty(manifest.stored.video_shape, np.uint8)
     if problem := _decode(manifest, entry, frames, blobs["frames.mp"], video):
         yield problem
@@ -272,38 +310,40 @@ def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
 
 def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
     for split in source.SPLITS:
-        known = {shard.name for shard in manifest.splits[split].shards} if split in manifest.splits else set()
-        for path in sorted((folder / split).glob("*.tar")):
-            if path.stem not in known:
+        known = {f"{shard.name}{suffix}" for shard in (manifest.splits[split].shards if split in manifest.splits else ()) for suffix in (".tar", ".index.mp")}
+        for path in sorted((folder / split).glob("[!.]*")):
+            if path.name.endswith((".tar", ".index.mp")) and path.name not in known:
                 yield f"{path}: not in the manifest. Remove it, or pack again into a new folder."
 
 
 def _left_out(manifest: Manifest, snippets: dict[str, Snippet] | None) -> Iterator[str]:
     """Snippets of the packed splits that no shard holds."""
-    packed = {split: entry.num_clips for split, entry in manifest.splits.items()}
-    for split, num_clips in packed.items():
+    for split, entry in manifest.splits.items():
         there = sum(snippet.split == split for snippet in (snippets or {}).values())
-        if snippets is not None and there > num_clips:
-            yield f"{split}: the home holds {there} snippets and the shards {num_clips} clips. Pack the home into a new folder."
+        if snippets is not None and there > entry.num_clips + len(entry.bad):
+            yield f"{split}: the home holds {there} snippets and the shards {entry.num_clips} clips. Pack the home into a new folder."
 
 
 def _report_psnr(psnr_db: dict[str, float]) -> None:
-    low = sorted((value, key) for key, value in psnr_db.items() if value < LOW_PSNR_DB)
-    for value, key in low[:WORST_LISTED]:
-        logger.warning(f"low quality: clip '{key}' has {value:.1f} dB, below {LOW_PSNR_DB:.0f}; take a higher --quality or --codec zstd")
-    if len(low) > WORST_LISTED:
-        logger.warning(f"low quality: {len(low) - WORST_LISTED} more clips below {LOW_PSNR_DB:.0f} dB")
+    """The worst clips by name."""
+    worst = sorted((value, key) for key, value in psnr_db.items())[:WORST_LISTED]
+    for value, key in worst:
+        logger.info(f"{value:.1f} dB: '{key}'{', low quality' if value < LOW_PSNR_DB else ''}")
+    if low := sum(value < LOW_PSNR_DB for value in psnr_db.values()):
+        logger.warning(f"low quality: {low} clips below {LOW_PSNR_DB:.0f} dB; take a higher --quality or --codec zstd")
 
 
-def _verdict(manifest: Manifest, psnr_db: dict[str, float], with_source: bool) -> str:
+def _verdict(manifest: Manifest, psnr_db: dict[str, float], with_source: bool, lossless: bool) -> str:
     """Whether the npz may go; it names what was not packed."""
     dropped = list(manifest.arrays["dropped"])
     if manifest.arrays["keypoints_mode"] == "none":
         dropped.append(f"{manifest.arrays['keypoints']}, where there was one")
+    left_out = sum(len(split.bad) for split in manifest.splits.values())
+    dropped += [f"{left_out} bad snippets"] if left_out else []
     missing = f"; not packed: {', '.join(dropped)}" if dropped else ""
     if not with_source:
         return f"whole: as packed{missing}. Whether it equals the npz: python -m convert verify --dataset-home"
-    if make_codec(manifest.codec, manifest.codec_settings).lossless:
+    if lossless:
         return f"bit-exact: npz can be rebuilt{missing}"
     finite = [value for value in psnr_db.values() if math.isfinite(value)] or [math.inf]  # a clip that JPEG keeps exactly has no finite one
     return f"frames lossy (min {min(finite):.1f} dB, mean {sum(finite) / len(finite):.1f} dB): keep the npz or pack zstd{missing}"

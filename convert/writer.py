@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from clips.files import whole_file, write_whole
 from clips.format import IndexEntry, ShardIndex, pack_index
 from clips.manifest import index_path, tar_path
+from clips.snippets import Bad
 
 from .encode import EncodedClip
 
@@ -18,25 +20,26 @@ BLOCK = tarfile.BLOCKSIZE
 RECORD = tarfile.RECORDSIZE
 
 
-def write_shard(folder: Path, split: str, name: str, plan_id: str, clips: Iterable[EncodedClip]) -> ShardIndex:
-    """Writes the tar, then the index: a shard with an index is a whole one."""
+def write_shard(folder: Path, split: str, name: str, plan_id: str, clips: Iterable[EncodedClip], bad: Sequence[Bad]) -> ShardIndex:
+    """Writes the tar, then the index: a shard with an index is a whole one. `bad` may fill while `clips` are taken."""
     with whole_file(tar_path(folder, split, name)) as file:
         tar = _HashedTar(file)
         entries = tuple(_write_clip(tar, clip) for clip in clips)
         tar.finish()
-    index = ShardIndex(plan_id, name, tar.position, tar.digest.hexdigest(), (), entries)
+    index = ShardIndex(plan_id, name, tar.position, tar.digest.hexdigest(), tuple({"path": one.path, "reason": one.reason} for one in bad), entries)
     write_whole(index_path(folder, split, name), pack_index(index))
     return index
 
 
 def _write_clip(tar: _HashedTar, clip: EncodedClip) -> IndexEntry:
-    members, frames = {}, clip.frames.copy()
+    members, crc32, frames = {}, {}, clip.frames.copy()
     for suffix, blob in clip.members:
         offset = tar.add(f"{clip.facts.key}.{suffix}", blob)
         members[suffix] = (offset, len(blob))
+        crc32[suffix] = zlib.crc32(blob)
         if suffix == "frames.mp":
             frames["offset"] += offset
-    return IndexEntry(clip.facts, clip.dhash, members, frames)
+    return IndexEntry(clip.facts, clip.video_sha256, clip.dhash, clip.frames_constant, members, crc32, frames)
 
 
 class _HashedTar:

@@ -86,10 +86,10 @@ class ShardSource:
     def _points(self, entry: IndexEntry, shard: int, chosen: np.ndarray) -> np.ndarray | None:
         if "keypoints.mp" not in entry.members:
             return None
-        try:
-            points, _ = unpack_points(self._read(entry, shard, "keypoints.mp", *entry.members["keypoints.mp"]))
-        except (KeyError, TypeError, ValueError) as error:  # not msgpack, or not the map that it was
-            raise self._error(entry, shard, "keypoints.mp", f"does not hold points ({error})") from error
+        blob = self._read(entry, shard, "keypoints.mp", *entry.members["keypoints.mp"])
+        if zlib.crc32(blob) != entry.crc32["keypoints.mp"]:
+            raise self._error(entry, shard, "keypoints.mp", "has another crc32 than the index promises")
+        points, _ = unpack_points(blob)
         return points_of_frames(points, chosen)
 
     def _read(self, entry: IndexEntry, shard: int, member: str, offset: int, size: int) -> bytearray:

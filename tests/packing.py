@@ -27,8 +27,7 @@ class InThreads(ThreadPoolExecutor):
 
 
 def use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("convert.pack", "convert.verify"):
-        monkeypatch.setattr(f"{module}.ProcessPoolExecutor", InThreads)
+    monkeypatch.setattr("convert.pool.ProcessPoolExecutor", InThreads)
 
 
 def members_of(output: Path) -> dict[str, bytes]:
