@@ -11,8 +11,8 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from clips.errors import InputError
-from clips.registry import nearest
+from .errors import InputError
+from .registry import nearest
 
 
 # Any: a dataclass or a union of them, and an instance

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from clips.errors import InputError
+from .errors import InputError
 
 MAX_CPUS_OUTSIDE_A_JOB = 8  # a login node or a desk is shared: never take all of it by default
 

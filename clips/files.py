@@ -53,7 +53,10 @@ def write_once(path: Path, blob: bytes) -> None:
     """The whole file under its name, unless another process took the name first: then that one's stays."""
     temporary = temporary_name(path)
     try:
-        temporary.write_bytes(blob)
+        with temporary.open("xb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(temporary, path)
         except FileExistsError:

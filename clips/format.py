@@ -50,7 +50,10 @@ class IndexEntry:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The index of one shard; `bad` are the snippets that were left out, with reasons."""
+    """The index of one shard; `bad` are the snippets that were left out, with reasons; `mended` those whose file
+
+    had another size in the plan, because it was bad at first, with the bytes that it has now.
+    """
 
     plan_id: str
     shard: str
@@ -58,6 +61,7 @@ class ShardIndex:
     tar_sha256: str
     bad: tuple[dict[str, str], ...]
     clips: tuple[IndexEntry, ...]
+    mended: tuple[dict[str, Any], ...] = ()  # Any: a path, a number
 
 
 class FormatError(ValueError):
@@ -158,6 +162,7 @@ def pack_index(index: ShardIndex) -> bytes:
             "tar_bytes": index.tar_bytes,
             "tar_sha256": index.tar_sha256,
             "bad": list(index.bad),
+            "mended": list(index.mended),
             "clips": clips,
         }
     )
@@ -170,7 +175,8 @@ def unpack_index(blob: bytes) -> ShardIndex:
         raise FormatError(f"an index of format version {packed.get('format')}; this program reads version {FORMAT_VERSION}")
     try:
         clips = tuple(_entry(clip) for clip in packed["clips"])
-        return ShardIndex(packed["plan_id"], packed["shard"], packed["tar_bytes"], packed["tar_sha256"], tuple(packed["bad"]), clips)
+        bad, mended = tuple(packed["bad"]), tuple(packed["mended"])
+        return ShardIndex(packed["plan_id"], packed["shard"], packed["tar_bytes"], packed["tar_sha256"], bad, clips, mended)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"an index without its fields ({error!r})") from error
 

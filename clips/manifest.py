@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clips.clip import ClipSpec
-from clips.errors import ClipError, InputError
-from clips.files import write_whole
-from clips.format import FORMAT_VERSION, FormatError, ShardIndex, unpack_index
+from .clip import ClipSpec
+from .errors import ClipError, InputError
+from .files import write_whole
+from .format import FORMAT_VERSION, FormatError, ShardIndex, unpack_index
 
 MANIFEST = "manifest.json"
 
@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise InputError(f"{path}: missing; expected shards that were packed to the end. Run the same python -m convert pack again.") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}). Restore it, or pack again: only what is missing is done.") from error
+        raise InputError(f"{path}: not readable as JSON ({error}). Restore it, or remove it and pack again: only what is missing is done.") from error
     if not isinstance(packed, dict) or packed.get("format") != FORMAT_VERSION:
         found = packed.get("format") if isinstance(packed, dict) else type(packed).__name__
         raise InputError(f"{path}: format version {found}; this program reads version {FORMAT_VERSION}. Use the program that packed it, or pack again.")
@@ -100,17 +100,21 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(
             codec=packed["codec"],
             codec_settings=packed["codec_settings"],
-            source=ClipSpec(**packed["source"]),
-            stored=ClipSpec(**packed["stored"]),
+            source=_spec(packed["source"]),
+            stored=_spec(packed["stored"]),
             classes=tuple(packed["classes"]),
             home=packed["home"],
             arrays=packed["arrays"],
             source_pattern=packed["source_pattern"],
-            leaks=Leaks(**packed["leaks"]),
+            leaks=Leaks(packed["leaks"]["identical"], packed["leaks"]["sources"], packed["leaks"]["near"]),
             splits={name: _split(split) for name, split in packed["splits"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: a field is missing or wrong ({error!r}). Restore the file, or pack again.") from error
+        raise InputError(f"{path}: a field is missing or wrong ({error!r}). Restore the file, or remove it and pack again.") from error
+
+
+def _spec(packed: dict[str, int]) -> ClipSpec:
+    return ClipSpec(packed["frames"], packed["height"], packed["width"])
 
 
 def _split(packed: dict[str, Any]) -> SplitEntry:

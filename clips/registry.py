@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
-from clips.errors import InputError
+from .errors import InputError
 
 
 def resolve(registry: Mapping[str, str], name: str, flag: str) -> Any:  # Any: a registry holds classes and functions alike

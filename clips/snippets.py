@@ -18,10 +18,10 @@ from typing import Literal
 
 import numpy as np
 
-from clips.clip import ClipSpec
-from clips.errors import InputError
-from clips.keypoints import points_of
-from clips.npz import ArrayHeader, BadNpz, read_arrays, read_headers
+from .clip import ClipSpec
+from .errors import InputError
+from .keypoints import points_of
+from .npz import ArrayHeader, BadNpz, read_arrays, read_headers
 
 SPLITS = ("train", "val", "test")
 USUAL_CLASSES = ("nongesture", "gesture")  # in label order: gesture is 1, the positive class

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clips.errors import InputError
-from clips.files import write_once
+from clips.files import temporary_name, write_once
 
 logger = logging.getLogger(__name__)
 
@@ -52,32 +52,50 @@ def _take(path: Path, mine: str) -> bool:
         return False
 
 
-def _refuse_or_remove(path: Path) -> None:
-    """Raises while the holder may be alive; removes the claim of one that is not."""
+def is_held(path: Path) -> bool:
+    """Whether the claim's holder may be alive."""
+    found = _holder(path)
+    return found is not None and _may_live(*found)
+
+
+def age_s(path: Path) -> float:
+    """Since the file was touched, by the file system's own time: clocks of nodes differ. Raises OSError."""
+    probe = temporary_name(path.with_name("now"))
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _holder(path: Path) -> tuple[dict[str, str | int], float] | None:
+    """Who holds the claim and how old its heartbeat is; None where there is no claim."""
     try:
         holder = json.loads(path.read_text())
-        age_s = _now(path.parent) - path.stat().st_mtime
+        return (holder, age_s(path)) if isinstance(holder, dict) else ({}, STALE_S)
     except FileNotFoundError:
-        return
+        return None
     except ValueError:
-        holder, age_s = {}, STALE_S
-    if age_s < STALE_S and not _is_dead(holder):
+        return {}, STALE_S
+
+
+def _may_live(holder: dict[str, str | int], silent_s: float) -> bool:
+    return silent_s < STALE_S and not _is_dead(holder)
+
+
+def _refuse_or_remove(path: Path) -> None:
+    """Raises while the holder may be alive; removes the claim of one that is not."""
+    found = _holder(path)
+    if found is None:
+        return
+    holder, silent_s = found
+    if _may_live(holder, silent_s):
         raise InputError(
-            f"{path}: process {holder.get('pid')} on {holder.get('host')} packs this share, its heartbeat is {max(0, age_s):.0f} s old. "
+            f"{path}: process {holder.get('pid')} on {holder.get('host')} packs this share, its heartbeat is {max(0, silent_s):.0f} s old. "
             f"Wait for it; if it is dead, wait until the heartbeat is {STALE_S:.0f} s old."
         )
     logger.info(f"taking over from process {holder.get('pid')} on {holder.get('host')}, whose heartbeat stopped")
     path.unlink(missing_ok=True)
-
-
-def _now(folder: Path) -> float:
-    """The file system's own time: clocks of nodes differ."""
-    probe = folder / f".now.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _beat(path: Path, stop: threading.Event) -> None:

@@ -18,7 +18,7 @@ from clips.codecs import make_codec
 from clips.errors import InputError
 from clips.files import write_json
 from clips.format import ClipFacts, ShardIndex
-from clips.manifest import Manifest, read_index, read_manifest
+from clips.manifest import Leaks, Manifest, read_index, read_manifest
 from clips.snippets import SPLITS
 
 from .view import check_folder
@@ -46,7 +46,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Split:
-    """One split; `frames_valid` counts the clips by their number of valid frames, `left_out` are the bad snippets."""
+    """One split; `frames_valid` counts clips by their number of valid frames, `with_constant_frames` those with valid frames of one colour,
+
+    and `left_out` are the bad snippets.
+    """
 
     clips: int
     sources: int
@@ -58,12 +61,13 @@ class Split:
     padded: int
     with_times: int
     with_keypoints: int
+    with_constant_frames: int
     left_out: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A folder of shards; `raw_clip_bytes` is a clip's uncompressed video in the npz, `shared_sources` lie in several splits."""
+    """A folder of shards; `raw_clip_bytes` is a clip's uncompressed video in the npz, `all` are the splits together."""
 
     folder: str
     home: dict[str, str | int | float]
@@ -74,7 +78,7 @@ class Facts:
     stored: ClipSpec
     raw_clip_bytes: int
     arrays: dict[str, str | list[str]]
-    shared_sources: list[str]
+    leaks: Leaks
     splits: dict[str, Split]
     all: Split
 
@@ -98,7 +102,6 @@ def gather(folder: Path) -> Facts:
     manifest = read_manifest(folder)
     names = [split for split in SPLITS if split in manifest.splits]
     indexes = {split: [read_index(folder, split, shard) for shard in manifest.splits[split].shards] for split in names}
-    seen = Counter(source for found in indexes.values() for source in {clip.facts.source for index in found for clip in index.clips})
     return Facts(
         folder=str(folder),
         home=manifest.home,
@@ -109,7 +112,7 @@ def gather(folder: Path) -> Facts:
         stored=manifest.stored,
         raw_clip_bytes=manifest.source.frames * manifest.source.height * manifest.source.width * 3,
         arrays=manifest.arrays,
-        shared_sources=sorted(source for source, num_splits in seen.items() if num_splits > 1),
+        leaks=manifest.leaks,
         splits={split: _group(manifest, [split], indexes[split]) for split in names},
         all=_group(manifest, names, [index for found in indexes.values() for index in found]),
     )
@@ -133,6 +136,7 @@ def _group(manifest: Manifest, splits: Sequence[str], indexes: Sequence[ShardInd
         padded=len(clips) - valid[manifest.source.frames],
         with_times=sum(one.begin_ms is not None for one in facts),
         with_keypoints=sum("keypoints.mp" in clip.members for clip in clips),
+        with_constant_frames=sum(clip.frames_constant > 0 for clip in clips),
         left_out=[bad for number, bad in enumerate(left_out) if bad not in left_out[:number]],
     )
 
@@ -162,13 +166,20 @@ def lines(facts: Facts) -> list[str]:
         "",
     ]
     told += [f"frames_valid in {split}: {_histogram(values, facts.source.frames)}" for split, values in splits.items() if values.clips]
-    if facts.shared_sources:
-        told.append(f"in more than one split: {len(facts.shared_sources)} sources ({_some(facts.shared_sources)}); a model may know them from training")
+    told += [f"frames of one colour in {split}: {values.with_constant_frames} clips" for split, values in splits.items() if values.with_constant_frames]
+    told += _leaked(facts)
     for split, values in splits.items():
         told += [f"left out of {split}: {bad.get('path', '?')}: {bad.get('reason', 'no reason')}" for bad in values.left_out[:SHOWN]]
         if len(values.left_out) > SHOWN:
             told.append(f"left out of {split}: {len(values.left_out) - SHOWN} more")
     return told
+
+
+def _leaked(facts: Facts) -> list[str]:
+    """What is known of a test set that is easier than it looks."""
+    identical, near = ([" = ".join(keys) for keys in pairs or ()] for pairs in (facts.leaks.identical, facts.leaks.near))
+    found = [("sources", list(facts.leaks.sources)), ("clips with equal bytes", identical), ("pairs of nearly equal clips", near)]
+    return [f"in more than one split: {len(names)} {what} ({_some(names)})" for what, names in found if names]
 
 
 def meaning(facts: Facts) -> list[str]:

@@ -90,6 +90,11 @@ def sha256_of_array(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data).hexdigest()
 
 
+def told_of(array: np.ndarray) -> dict[str, Any]:  # Any: a map of JSON
+    """What KEY.json tells of a source array."""
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": sha256_of_array(array)}
+
+
 def _provenance(snippet: Snippet, content: Content, recipe: Recipe) -> dict[str, Any]:
     arrays = {recipe.names.video: content.video, recipe.names.keypoints: content.keypoints, **content.extras}
     return {
@@ -100,9 +105,5 @@ def _provenance(snippet: Snippet, content: Content, recipe: Recipe) -> dict[str,
         "end_ms": snippet.end_ms,
         "frames_valid": content.frames_valid,
         "source_shape": list(recipe.source.video_shape),
-        "arrays": {
-            name: {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": sha256_of_array(array)}
-            for name, array in arrays.items()
-            if array is not None
-        },
+        "arrays": {name: told_of(array) for name, array in arrays.items() if array is not None},
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +19,19 @@ from clips.clip import ClipSpec
 from clips.environment import allocated_cpus
 from clips.errors import InputError
 from clips.files import sha256_of, write_whole
-from clips.format import FormatError, ShardIndex, unpack_index
+from clips.format import ClipFacts, FormatError, ShardIndex, unpack_index
 from clips.manifest import MANIFEST, Leaks, Manifest, ShardEntry, SplitEntry, index_path, is_packed, read_manifest, tar_path, to_json, write_manifest
-from clips.snippets import SPLITS, Bad, list_bad
+from clips.snippets import SPLITS, Bad, Snippet, list_bad
 
 from . import leaks
-from .claim import STALE_S, claimed, started
+from .claim import STALE_S, age_s, claimed, is_held, started
 from .sharding import SplitPlan, read_plan
 
 logger = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 BAD = "bad.jsonl"
-REMEDY = "mend or move the file, then run the same pack again: only its shard is packed anew"
+REMEDY = "mend the file, or allow it with --max-bad-clips, then run the same pack again: only its shard is packed anew"
 TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+(?:\.[^.]+)*)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp$")
 
 
@@ -49,6 +49,13 @@ class MergeConfig:
 
 def merge(config: MergeConfig) -> Manifest:
     """The manifest. InputError for a gap, a damaged shard, a stranger's shard, and more bad snippets than allowed."""
+    try:
+        return _merge(config)
+    except OSError as error:
+        raise InputError(f"{config.output}: {error.strerror or error}. Look after the folder, then run the same command.") from error
+
+
+def _merge(config: MergeConfig) -> Manifest:
     splits = [split for split in SPLITS if (config.output / split / PLAN).is_file()]
     if not splits:
         raise InputError(f"{config.output}: no {PLAN} below it; expected a folder that python -m convert pack filled.")
@@ -56,6 +63,11 @@ def merge(config: MergeConfig) -> Manifest:
     if len({json.dumps(plan.inputs["settings"], sort_keys=True) for plan in plans}) > 1:
         raise InputError(f"{config.output}: {' and '.join(splits)} were packed with different settings. Pack one of them again into another folder.")
     problems = [problem for plan in plans for problem in [*_gaps(config.output, plan), *strangers(config.output, plan)]]
+    problems += [
+        f"{config.output / split}: holds shards without {PLAN}. Restore it, or remove this folder."
+        for split in SPLITS
+        if split not in splits and list((config.output / split).glob("[!.]*.tar"))
+    ]
     if problems:
         raise InputError(f"{config.output}: not whole:\n" + "\n".join(f"  {problem}" for problem in problems))
     check_budget(config.output, plans, config.max_bad_clips)
@@ -70,8 +82,9 @@ def join(output: Path, plans: Sequence[SplitPlan], near_duplicates: bool) -> Man
         every = sorted([*plans, *others], key=lambda plan: SPLITS.index(plan.split))
         found = {plan.split: indexes(output, plan) for plan in every}
         entries = {split: [entry for index in of_split.values() for entry in index.clips] for split, of_split in found.items()}
-        near = leaks.near(entries) if near_duplicates else earlier.leaks.near if earlier else None
-        manifest = _manifest(output, every, found, Leaks(leaks.identical(entries), leaks.shared_sources(entries), near))
+        asked = near_duplicates or (earlier is not None and earlier.leaks.near is not None)
+        near = leaks.near(entries) if asked else None
+        manifest = manifest_of(output, every, found, Leaks(leaks.identical(entries), leaks.shared_sources(entries), near))
         if earlier is None or to_json(manifest) != to_json(earlier):
             write_manifest(output, manifest)
     _report(manifest, found)
@@ -115,13 +128,19 @@ def index_fault(plan: SplitPlan, number: int, index: ShardIndex) -> str | None:
     if (index.plan_id, index.shard) != (plan.plan_id, plan.shard_name(number)):
         return f"is of shard {index.shard} of another plan" if index.plan_id != plan.plan_id else f"is of shard {index.shard}"
     left_out = {one["path"] for one in index.bad}
-    expected = [(snippet.key, snippet.label) for snippet in plan.shards[number] if snippet.path not in left_out]
-    found = [(entry.facts.key, entry.facts.label) for entry in index.clips]
-    return None if found == expected else "holds other clips than the plan says"
+    expected = [_planned(snippet) for snippet in plan.shards[number] if snippet.path not in left_out]
+    return None if [_planned(entry.facts) for entry in index.clips] == expected else "holds other clips than the plan says"
+
+
+def _planned(clip: Snippet | ClipFacts) -> tuple[str | int | None, ...]:
+    """What is known of a clip before it is read."""
+    return clip.key, clip.label, clip.source, clip.index, clip.begin_ms, clip.end_ms
 
 
 def check_budget(output: Path, plans: Sequence[SplitPlan], max_bad_clips: int) -> None:
-    """Writes bad.jsonl; InputError when more snippets are bad than allowed."""
+    """Writes bad.jsonl over these and all other splits of the folder; InputError when more snippets are bad than allowed."""
+    there = [split for split in SPLITS if (output / split / PLAN).is_file() and split not in {plan.split for plan in plans}]
+    plans = [*plans, *(read_plan_file(output, split) for split in there)]
     bad = [
         {"path": one["path"], "split": plan.split, "shard": index.shard, "reason": one["reason"], "remedy": REMEDY}
         for plan in plans
@@ -137,13 +156,21 @@ def check_budget(output: Path, plans: Sequence[SplitPlan], max_bad_clips: int) -
         path.unlink(missing_ok=True)
     if len(bad) > max_bad_clips:
         total = sum(len(shard) for plan in plans for shard in plan.shards)
-        advice = f"Mend or move these files, or allow them with --max-bad-clips {len(bad)}, then run the same command: only their shards are packed again."
+        advice = f"Mend these files, or allow them with --max-bad-clips {len(bad)}, then run the same command: only their shards are packed again."
         raise list_bad([Bad(one["path"], one["reason"]) for one in bad], total, advice)
 
 
-def remove_leftovers(output: Path, shards: Sequence[tuple[SplitPlan, int]]) -> None:
-    """Temporary files of killed runs: those of these shards, which are ours alone now, and small ones whose process has ended."""
-    mine = {f"{plan.shard_name(number)}{suffix}" for plan, number in shards for suffix in (".tar", ".index.mp")}
+def remove_leftovers(output: Path, shards: Sequence[tuple[SplitPlan, int]], claim: Path) -> None:
+    """Removes what killed runs left: claims that nobody holds, temporary files whose process has ended, those of `shards`, which
+
+    this run's `claim` makes its own unless a run with other shares is at work, and small ones that nobody touched for a minute.
+    """
+    others = [other for other in output.glob(".share-*.claim") if other != claim]
+    held = [other for other in others if is_held(other)]
+    for other in set(others) - set(held):
+        other.unlink(missing_ok=True)
+    alone = all(_shares(other) == _shares(claim) for other in held)
+    mine = {f"{plan.shard_name(number)}{suffix}" for plan, number in shards if alone for suffix in (".tar", ".index.mp")}
     for folder in {output, *(output / plan.split for plan, _ in shards)}:
         for path in folder.glob(".*.tmp"):
             match = TEMPORARY.match(path.name)
@@ -151,19 +178,18 @@ def remove_leftovers(output: Path, shards: Sequence[tuple[SplitPlan, int]]) -> N
                 continue
             of_shard = match["name"].endswith((".tar", ".index.mp"))
             dead = match["host"] == socket.gethostname() and started(int(match["pid"])) is None
-            if match["name"] in mine or (not of_shard and (dead or _age_s(path) > STALE_S)):
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its process gave it its name meanwhile
+                if dead or match["name"] in mine or (not of_shard and age_s(path) > STALE_S):
+                    path.unlink()
 
 
-def _age_s(path: Path) -> float:
-    probe = path.with_name(f"{path.name}.{os.getpid()}.age")
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime
-    except OSError:
-        return 0.0
-    finally:
-        probe.unlink(missing_ok=True)
+def claim_path(output: Path, task: int, tasks: int, splits: Sequence[str]) -> Path:
+    """Of a share: runs with other numbers of shares, or over other splits, deal the shards in another way."""
+    return output / f".share-{task}-of-{tasks}-{'-'.join(splits)}.claim"
+
+
+def _shares(claim: Path) -> str:
+    return claim.name.partition("-of-")[2]
 
 
 def _gaps(output: Path, plan: SplitPlan) -> list[str]:
@@ -196,7 +222,8 @@ def strangers(output: Path, plan: SplitPlan) -> list[str]:
     return [f"{output / plan.split / name}: no shard of this plan. Remove it." for name in names if name not in known]
 
 
-def _manifest(output: Path, plans: Sequence[SplitPlan], found: dict[str, dict[int, ShardIndex]], leaked: Leaks) -> Manifest:
+def manifest_of(output: Path, plans: Sequence[SplitPlan], found: dict[str, dict[int, ShardIndex]], leaked: Leaks) -> Manifest:
+    """What these plans, in the order of splits, and their shards' indexes say; InputError for a missing index."""
     settings = plans[0].inputs["settings"]
     folder = json.loads((output / plans[0].split / PLAN).read_text(encoding="utf-8"))["folder"]
     return Manifest(

@@ -23,7 +23,7 @@ from clips.snippets import SOURCE_PATTERN, ArrayNames, KeypointsMode, Snippet
 
 from .claim import claimed
 from .encode import Recipe
-from .merge import PLAN, check_budget, indexes, join, read_plan_file, remove_leftovers, whole
+from .merge import PLAN, check_budget, claim_path, indexes, join, read_plan_file, remove_leftovers, whole
 from .sharding import SplitPlan, clips_per_shard, differences, plan_split, with_mended
 from .work import changed, pack_shards
 
@@ -105,20 +105,21 @@ def pack(config: PackConfig) -> Manifest | None:
     jobs = [(plan, number) for plan in plans for number in range(len(plan.shards))]
     mine = [job for place, job in enumerate(jobs) if place % tasks == task]
     try:
-        with claimed(config.output / f".share-{task}-of-{tasks}.claim"):
-            remove_leftovers(config.output, mine)
+        claim = claim_path(config.output, task, tasks, tuple(home.splits))
+        with claimed(claim):
+            remove_leftovers(config.output, mine, claim)
             missing = [job for job in mine if not _is_done(config.output, home.path, recipe, *job)]
             named = f"share {task} of {tasks}: " if tasks > 1 else ""
             logger.info(f"{named}packing {len(missing)} shards ({len(mine) - len(missing)} of {len(mine)} are already there)")
             workers = config.workers or allocated_cpus()
             pack_shards(home.path, config.output, recipe, missing, workers, config.max_bad_clips + MAX_BAD_LISTED)
+        check_budget(config.output, plans, config.max_bad_clips)
+        if tasks > 1:
+            logger.info(f"share {task} of {tasks} is packed; when all are: python -m convert merge {config.output}")
+            return None
+        return join(config.output, plans, config.near_duplicates)
     except OSError as error:
         raise InputError(f"--output {config.output}: {error.strerror or error}. Look after the folder, then run the same command.") from error
-    check_budget(config.output, plans, config.max_bad_clips)
-    if tasks > 1:
-        logger.info(f"share {task} of {tasks} is packed; when all are: python -m convert merge {config.output}")
-        return None
-    return join(config.output, plans, config.near_duplicates)
 
 
 def share(config: PackConfig, environ: Array | None = None) -> tuple[int, int]:
@@ -206,7 +207,9 @@ def _theirs(output: Path, plan: SplitPlan) -> SplitPlan:
     theirs = read_plan_file(output, plan.split)
     if theirs.plan_id == plan.plan_id:
         return plan
-    mended = with_mended(theirs, plan, {one["path"] for index in indexes(output, theirs).values() for one in index.bad})
+    there = indexes(output, theirs).values()
+    sizes = {one["path"]: one["bytes"] for index in there for one in index.mended}
+    mended = with_mended(theirs, plan, {one["path"] for index in there for one in index.bad}, sizes)
     if mended is None:
         found = "; ".join(differences(plan.inputs, theirs.inputs)) or "its plan id"
         raise InputError(f"--output {output}: {plan.split} is in use by another plan: {found}. Take another folder or the same settings.")

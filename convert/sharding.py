@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -43,18 +43,26 @@ def read_plan(packed: dict[str, Any]) -> SplitPlan:
     return SplitPlan(snippets[0].split, packed["plan_id"], inputs, deal(snippets, inputs["clips_per_shard"]))
 
 
-def with_mended(theirs: SplitPlan, mine: SplitPlan, bad_paths: Collection[str]) -> SplitPlan | None:
+def with_mended(theirs: SplitPlan, mine: SplitPlan, bad_paths: Collection[str], mended: Mapping[str, int]) -> SplitPlan | None:
     """Their plan with my files' sizes, when I differ from it in nothing but files that it could not use; None otherwise.
 
-    A mended file has another size: without this, mending one would be another plan and pack everything again.
+    A mended file has another size: without this, mending one would be another plan and pack everything again. `mended` are
+    the sizes of those that were packed since.
     """
     if {**theirs.inputs, "files": None} != {**mine.inputs, "files": None}:
         return None
     before, now = dict(theirs.inputs["files"]), dict(mine.inputs["files"])
-    if now.keys() - before.keys() or any(now.get(path) != size and path not in bad_paths for path, size in before.items()):
+    known = {path: {size, mended.get(path, size)} for path, size in before.items()}
+    if now.keys() - before.keys() or any(now.get(path) not in sizes and path not in bad_paths for path, sizes in known.items()):
         return None
     shards = tuple(tuple(replace(snippet, file_bytes=now.get(snippet.path, snippet.file_bytes)) for snippet in shard) for shard in theirs.shards)
     return replace(theirs, shards=shards)
+
+
+def mended_sizes(plan: SplitPlan, number: int) -> dict[str, int]:
+    """Path to bytes of the shard's snippets whose size is not the one in the plan's inputs."""
+    planned = dict(plan.inputs["files"])
+    return {snippet.path: snippet.file_bytes for snippet in plan.shards[number] if snippet.file_bytes != planned[snippet.path]}
 
 
 def plan_split(split: str, snippets: Sequence[Snippet], settings: dict[str, Any], clips_per_shard: int) -> SplitPlan:

@@ -63,9 +63,12 @@ class Sheet:
             return np.empty((0, 3), np.uint16)
         offset, size = pick.entry.members["keypoints.mp"]
         path = tar_path(self.folder, pick.split, pick.shard)
+        blob = _read(path, [(offset, size)])[0]
         try:
-            return unpack_points(_read(path, [(offset, size)])[0])[0]
-        except (FormatError, KeyError, ValueError) as error:
+            if zlib.crc32(blob) != pick.entry.crc32["keypoints.mp"]:
+                raise FormatError("their crc32 is not the index's")
+            return unpack_points(blob)[0]
+        except FormatError as error:
             raise ClipError(f"{path}: clip '{pick.entry.facts.key}': keypoints at {offset} are damaged ({error}). {_advice(self.folder)}") from error
 
     def frames_of(self, pick: Pick, numbers: Sequence[int], size: tuple[int, int]) -> list[np.ndarray]:

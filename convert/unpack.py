@@ -6,7 +6,8 @@ import json
 import logging
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import tyro
@@ -15,9 +16,10 @@ from clips.codecs import make_codec
 from clips.environment import allocated_cpus
 from clips.errors import ClipError, InputError
 from clips.files import whole_file
-from clips.format import FormatError, IndexEntry, unpack_array, unpack_map, unpack_points
+from clips.format import IndexEntry, unpack_array, unpack_map, unpack_points
 from clips.keypoints import mask_of
 from clips.manifest import Manifest, ShardEntry, read_index, read_manifest, tar_path
+from clips.snippets import key_of
 
 from .encode import sha256_of_array
 from .pool import count, in_processes
@@ -75,26 +77,28 @@ def _unpack_shard(shards: Path, output: Path, manifest: Manifest, split: str, sh
 
 def _write_npz(path: Path, output: Path, manifest: Manifest, entry: IndexEntry, blobs: dict[str, bytes]) -> bool:
     """Whether the npz was missing, and is there now."""
-    provenance = json.loads(blobs["json"])
-    target = output / provenance["path"]
-    if target.exists():
-        return False
-    codec = make_codec(manifest.codec, manifest.codec_settings)
     try:
-        arrays = _arrays(manifest, blobs)
-    except (FormatError, LookupError, ValueError) as error:
+        provenance = json.loads(blobs["json"])
+        target = output / _inside(provenance["path"], entry)
+        if target.exists():
+            return False
+        arrays = _arrays(manifest, blobs, provenance["arrays"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ClipError(f"{path}: clip '{entry.facts.key}': {error}. Run python -m convert verify on its folder.") from error
-    for name, known in provenance["arrays"].items():
-        arrays[name] = arrays[name].astype(known["dtype"], copy=False)
-        exact = codec.lossless or name != manifest.arrays["video"]
-        if exact and sha256_of_array(arrays[name]) != known["sha256"]:
-            raise ClipError(f"{path}: clip '{entry.facts.key}': array '{name}' has another sha256 than before packing. Run python -m convert verify.")
     with whole_file(target) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # an array may not be named allow_pickle
     return True
 
 
-def _arrays(manifest: Manifest, blobs: dict[str, bytes]) -> dict[str, np.ndarray]:
+def _inside(path: str, entry: IndexEntry) -> str:
+    """The npz's path, which must be the clip's and lead nowhere else; ValueError otherwise."""
+    if key_of(path) != entry.facts.key or PurePosixPath(path).is_absolute() or ".." in path.split("/"):
+        raise ValueError(f"its json tells of the npz {path!r}")
+    return path
+
+
+def _arrays(manifest: Manifest, blobs: dict[str, bytes], known: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:  # Any: of JSON
+    """What the npz held, with its dtypes; each that can be exact has the sha256 that it had, or it is a ValueError."""
     codec = make_codec(manifest.codec, manifest.codec_settings)
     video = np.empty(manifest.stored.video_shape, np.uint8)
     for place, blob in enumerate(unpack_map(blobs["frames.mp"])["frames"]):
@@ -102,4 +106,10 @@ def _arrays(manifest: Manifest, blobs: dict[str, bytes]) -> dict[str, np.ndarray
     arrays = {str(manifest.arrays["video"]): video}
     if "keypoints.mp" in blobs:
         arrays[str(manifest.arrays["keypoints"])] = mask_of(*unpack_points(blobs["keypoints.mp"]))
-    return arrays | {name: unpack_array(blobs[f"{name}.mp"]) for name in manifest.arrays["kept"] if f"{name}.mp" in blobs}
+    arrays |= {name: unpack_array(blobs[f"{name}.mp"]) for name in manifest.arrays["kept"] if f"{name}.mp" in blobs}
+    for name, told in known.items():
+        arrays[name] = arrays[name].astype(told["dtype"], copy=False)
+        exact = codec.lossless or name != manifest.arrays["video"]
+        if exact and sha256_of_array(arrays[name]) != told["sha256"]:
+            raise ValueError(f"array '{name}' has another sha256 than before packing")
+    return arrays

@@ -26,12 +26,13 @@ from clips.errors import ClipError, InputError
 from clips.files import sha256_of
 from clips.format import FORMAT_VERSION, IndexEntry, ShardIndex, unpack_array, unpack_map, unpack_points
 from clips.keypoints import mask_of
-from clips.manifest import Leaks, Manifest, ShardEntry, index_path, read_index, read_manifest, tar_path
+from clips.manifest import MANIFEST, Leaks, Manifest, ShardEntry, index_path, read_index, read_manifest, tar_path, to_json
 from clips.npz import BadNpz
 from clips.snippets import ArrayNames, Snippet, read
 
-from .encode import sha256_of_array, stored_frames
-from .merge import PLAN, index_fault, read_plan_file
+from . import leaks
+from .encode import dhash, num_constant, sha256_of_array, stored_frames, told_of
+from .merge import PLAN, index_fault, indexes, manifest_of, read_plan_file
 from .pool import count, in_processes
 from .sharding import SplitPlan
 
@@ -73,6 +74,8 @@ def verify(config: VerifyConfig) -> int:
     reports = list(in_processes(check_shard, jobs, config.workers or allocated_cpus(), num_clips, "verify"))
     problems += sorted(problem for report in reports for problem in report.problems)
     problems += list(_strangers(config.shards, manifest)) + list(_left_out(manifest, snippets))
+    if not problems:
+        problems += _manifest_problems(config.shards, manifest, plans)
     for problem in problems:
         logger.error(problem)
     psnr_db = {key: value for report in reports for key, value in report.psnr_db.items()}
@@ -107,6 +110,17 @@ def _plans(folder: Path, manifest: Manifest) -> tuple[dict[str, SplitPlan], list
         else:
             plans[split] = plan
     return plans, problems
+
+
+def _manifest_problems(folder: Path, manifest: Manifest, plans: dict[str, SplitPlan]) -> list[str]:
+    """Whether whole plans and indexes make just this manifest again."""
+    found = {split: indexes(folder, plans[split]) for split in source.SPLITS if split in plans}
+    entries = {split: [entry for index in of_split.values() for entry in index.clips] for split, of_split in found.items()}
+    near = None if manifest.leaks.near is None else leaks.near(entries)
+    again = to_json(manifest_of(folder, [plans[split] for split in found], found, Leaks(leaks.identical(entries), leaks.shared_sources(entries), near)))
+    different = [name for name, value in to_json(manifest).items() if again[name] != value]
+    advice = f"Restore it, or remove it and run python -m convert merge {folder}."
+    return [f"{folder / MANIFEST}: its {', '.join(different)} is not what plans and indexes say. {advice}"] if different else []
 
 
 Job = tuple[Path, Manifest, str, int, SplitPlan | None, Path | None, dict[str, Snippet] | None]
@@ -210,8 +224,12 @@ def _clip_problems(
         yield "a member has another crc32 than the index says"
     if {suffix: hashlib.sha256(blob).hexdigest() for suffix, blob in blobs.items() if suffix not in ("cls", "json")} != provenance["members"]:
         yield "a member is not the one that its json tells of"
-    if entry.video_sha256 != provenance["arrays"][manifest.arrays["video"]]["sha256"]:
+    of_video = provenance["arrays"][manifest.arrays["video"]]
+    if entry.video_sha256 != of_video["sha256"]:
         yield "its json and the index disagree on the source video"
+    shape = list(manifest.source.video_shape)
+    if (of_video["dtype"], of_video["shape"], provenance["source_shape"]) != ("|u1", shape, shape):
+        yield f"its json tells of another source video than the manifest's uint8 {shape}"
     video = np.empty(manifest.stored.video_shape, np.uint8)
     if problem := _decode(manifest, entry, frames, blobs["frames.mp"], video):
         yield problem
@@ -221,11 +239,13 @@ def _clip_problems(
         known = provenance["arrays"].get(name)
         if (known is None) != (array is None):
             yield f"array '{name}' is in its member or in its json, but not in both"
-        elif array is not None and sha256_of_array(array.astype(known["dtype"])) != known["sha256"]:
-            yield f"array '{name}' has another sha256 than the npz had when it was packed"
+        elif array is not None and (list(array.shape), sha256_of_array(array.astype(known["dtype"]))) != (known["shape"], known["sha256"]):
+            yield f"array '{name}' has another sha256 or shape than the npz had when it was packed"
     lossless = make_codec(manifest.codec, manifest.codec_settings).lossless
-    if lossless and sha256_of_array(video) != provenance["arrays"][manifest.arrays["video"]]["sha256"]:
+    if lossless and sha256_of_array(video) != of_video["sha256"]:
         yield "frames have another sha256 than the npz had when it was packed"
+    if lossless and not _looks_like(video, entry):
+        yield "its frames look otherwise than the index says (frames_valid, dhash or frames_constant)"
     if home is not None and snippets is not None:
         yield from _against_npz(manifest, entry, provenance["arrays"], video, keypoints, home, snippets, lossless, report)
 
@@ -287,9 +307,12 @@ def _against_npz(
         yield f"its npz cannot be read: {error}"
         return
     there = {names.video: content.video, names.keypoints: content.keypoints, **content.extras}
-    sums = {name: sha256_of_array(array) for name, array in there.items() if array is not None}
-    if changed := sorted(name for name in sums.keys() | known.keys() if sums.get(name) != known.get(name, {}).get("sha256")):
+    now = {name: told_of(array) for name, array in there.items() if array is not None}
+    same = [name for name in now.keys() & known.keys() if now[name].items() <= known[name].items()]
+    if changed := sorted((now.keys() | known.keys()) - set(same)):
         yield f"its npz changed since it was packed: {', '.join(changed)}"
+    elif not _looks_like(content.video, entry):
+        yield f"{home / snippet.path} looks otherwise than the index says (frames_valid, dhash or frames_constant)"
     theirs = content.keypoints
     if (theirs is None) != (keypoints is None) or (theirs is not None and keypoints is not None and not np.array_equal(theirs, keypoints)):
         yield f"keypoints differ from {home / snippet.path}"
@@ -297,6 +320,13 @@ def _against_npz(
     if lossless and not np.array_equal(expected, video):
         yield f"frames differ from {home / snippet.path}"
     report.psnr_db[entry.facts.key] = psnr_db(expected, video)
+
+
+def _looks_like(video: np.ndarray, entry: IndexEntry) -> bool:
+    """Whether the source video has what the index tells of its look."""
+    count = source.frames_valid(video)
+    valid = video[:count]
+    return (count, dhash(valid), num_constant(valid)) == (entry.facts.frames_valid, entry.dhash, entry.frames_constant)
 
 
 def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:

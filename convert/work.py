@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from clips.snippets import Bad, Snippet
 
 from .encode import EncodedClip, Recipe, encode_clip
 from .pool import count, in_processes
-from .sharding import SplitPlan
+from .sharding import SplitPlan, mended_sizes
 from .writer import write_shard
 
 CLIPS_IN_FLIGHT = 2  # per thread: one being written, one being read
@@ -23,7 +23,10 @@ CLIPS_IN_FLIGHT = 2  # per thread: one being written, one being read
 def pack_shards(home: Path, output: Path, recipe: Recipe, jobs: Sequence[tuple[SplitPlan, int]], workers: int, most_bad: int) -> list[Bad]:
     """Writes the shards and gives the bad snippets, sorted; stops early once there are more than `most_bad`."""
     threads = -(-workers // max(1, min(workers, len(jobs))))
-    calls = [(home, output, plan.split, plan.shard_name(number), plan.plan_id, plan.shards[number], recipe, threads) for plan, number in jobs]
+    calls = [
+        (home, output, plan.split, plan.shard_name(number), plan.plan_id, plan.shards[number], mended_sizes(plan, number), recipe, threads)
+        for plan, number in jobs
+    ]
     bad: list[Bad] = []
     for found in in_processes(_pack_shard, calls, workers, sum(len(plan.shards[number]) for plan, number in jobs), "pack"):
         bad += found
@@ -33,13 +36,13 @@ def pack_shards(home: Path, output: Path, recipe: Recipe, jobs: Sequence[tuple[S
 
 
 def _pack_shard(
-    home: Path, output: Path, split: str, name: str, plan_id: str, snippets: Sequence[Snippet], recipe: Recipe, threads: int
+    home: Path, output: Path, split: str, name: str, plan_id: str, snippets: Sequence[Snippet], mended: Mapping[str, int], recipe: Recipe, threads: int
 ) -> list[Bad]:
     """Writes one shard, in a worker, with a hole for each bad snippet, which its index names."""
     bad: list[Bad] = []
     try:
         with ThreadPoolExecutor(threads) as pool:
-            write_shard(output, split, name, plan_id, _encoded(pool, threads, home, snippets, recipe, bad), bad)
+            write_shard(output, split, name, plan_id, _encoded(pool, threads, home, snippets, recipe, bad), bad, mended)
     except OSError as error:
         raise InputError(f"{output / split / name}: cannot be written ({error.strerror or error}). Make space, then run the same command.") from error
     return bad

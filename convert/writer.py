@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,13 +20,20 @@ BLOCK = tarfile.BLOCKSIZE
 RECORD = tarfile.RECORDSIZE
 
 
-def write_shard(folder: Path, split: str, name: str, plan_id: str, clips: Iterable[EncodedClip], bad: Sequence[Bad]) -> ShardIndex:
-    """Writes the tar, then the index: a shard with an index is a whole one. `bad` may fill while `clips` are taken."""
+def write_shard(
+    folder: Path, split: str, name: str, plan_id: str, clips: Iterable[EncodedClip], bad: Sequence[Bad] = (), mended: Mapping[str, int] | None = None
+) -> ShardIndex:
+    """Writes the tar, then the index: a shard with an index is a whole one. `bad` may fill while `clips` are taken.
+
+    `mended` gives the bytes of files whose size is not the planned one.
+    """
     with whole_file(tar_path(folder, split, name)) as file:
         tar = _HashedTar(file)
         entries = tuple(_write_clip(tar, clip) for clip in clips)
         tar.finish()
-    index = ShardIndex(plan_id, name, tar.position, tar.digest.hexdigest(), tuple({"path": one.path, "reason": one.reason} for one in bad), entries)
+    left_out = tuple({"path": one.path, "reason": one.reason} for one in bad)
+    sizes = tuple({"path": path, "bytes": file_bytes} for path, file_bytes in sorted((mended or {}).items()))
+    index = ShardIndex(plan_id, name, tar.position, tar.digest.hexdigest(), left_out, entries, sizes)
     write_whole(index_path(folder, split, name), pack_index(index))
     return index
 

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from clips.clip import ClipSpec
-from clips.registry import resolve
+from ..clip import ClipSpec
+from ..registry import resolve
 
 CODECS = {
     "jpeg": "clips.codecs.jpeg:JpegCodec",

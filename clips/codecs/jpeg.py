@@ -7,8 +7,8 @@ import math
 import numpy as np
 import simplejpeg
 
-from clips.clip import ClipSpec
-from clips.errors import InputError
+from ..clip import ClipSpec
+from ..errors import InputError
 
 # Bytes a pixel of 320x320 frames of real clips, measured; between two qualities the estimate is linear.
 BYTES_PER_PIXEL = {1: 0.025, 25: 0.059, 50: 0.083, 75: 0.116, 85: 0.151, 90: 0.187, 95: 0.268, 98: 0.369, 100: 0.549}
