@@ -22,7 +22,7 @@ from loaders.plan import Plan
 from loaders.source import ClipSource, open_source
 from loaders.stream import Loader, default_threads
 from models import load_trained
-from training.distributed import Group, choose_device
+from training.distributed import Group, choose_device, share_cores
 from training.evaluation import in_words, prediction_rows, probabilities
 from training.metrics import evaluate, write_predictions
 from training.precision import Precision
@@ -64,6 +64,7 @@ def main() -> int:
     source = NpzSource.of_paths(config.paths, class_names) if config.paths else _split(config, stored, class_names)
     output = config.output or _default_output(config, stored)
     group = Group(0, 1, 0, choose_device(config.device, 0), "single")
+    share_cores(group.device, 1)
     plan = Plan(len(source.facts), config.batch_size, config.batch_size, seed=0)
     loader = Loader(source, plan, model.spec, group.device, config.threads or default_threads(1))  # type: ignore[arg-type]  # a ClipSpec
     batches = tqdm(loader.evaluation(), total=-(-len(source.facts) // config.batch_size), unit="batch", desc="predict", disable=None)
