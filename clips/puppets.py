@@ -112,8 +112,8 @@ class Puppet:
     def arm(self, side: int, now: float) -> tuple[Point, Point, Point]:
         """Shoulder, elbow and wrist; side is -1 or 1."""
         turn = self.turn(now)
-        upper = 0.22 + 0.14 * self.reach * wave(turn)  # from straight down, outwards, in turns
-        fore = 0.27 + 0.16 * self.reach * wave(turn + 0.05)
+        upper = 0.22 + 0.17 * self.reach * wave(turn)  # from straight down, outwards, in turns
+        fore = 0.26 + 0.20 * self.reach * wave(turn + 0.05)
         x, y = 0.12 * side, 0.43
         elbow = x + UPPER_ARM * side * wave(upper), y + UPPER_ARM * wave(upper + 0.25)
         wrist = elbow[0] + FOREARM * side * wave(fore), elbow[1] + FOREARM * wave(fore + 0.25)
@@ -136,12 +136,12 @@ class Puppet:
         canvas.limb(self.at(0, 0.26), self.at(0, 0.30), 0.065 * self.scale, skin)
 
     def paint_arms(self, canvas: Canvas, now: float) -> None:
-        skin, _, sleeve = self.colours()
+        _, _, sleeve = self.colours()
         for side in (-1, 1):
             shoulder, elbow, wrist = self.arm(side, now)
-            canvas.limb(shoulder, elbow, 0.046 * self.scale, sleeve)
-            canvas.limb(elbow, wrist, 0.038 * self.scale, sleeve)
-            canvas.limb(wrist, wrist, 0.052 * self.scale, skin)
+            canvas.limb(shoulder, elbow, 0.095 * self.scale, sleeve)
+            canvas.limb(elbow, wrist, 0.080 * self.scale, sleeve)
+            canvas.limb(wrist, wrist, 0.105 * self.scale, sleeve)  # a mitten: large light things in motion are learned in half the steps
 
 
 @dataclass(frozen=True)
