@@ -40,7 +40,8 @@ install:  ## makes .venv (or takes the active environment) and installs everythi
 	fits() { "$$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; }
 	python=$${active:+$$active/bin/python}; python=$${python:-$(PYTHON)}
 	if ! fits "$$python"; then
-		echo "$$python is $$("$$python" --version 2>&1 || true); expected Python 3.10 to 3.13." >&2
+		found=$$(command -v "$$python" >/dev/null && "$$python" --version 2>&1 || echo "not found")
+		echo "$$python: expected Python 3.10 to 3.13; it is $$found." >&2
 		for other in python3.12 python3.11 python3.10 python3.13; do
 			if fits "$$other"; then echo "Type: $${active:+deactivate; }make install PYTHON=$$other" >&2; exit 2; fi
 		done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -24,7 +25,7 @@ def parse(config: Any, prog: str, description: str, args: Sequence[str] | None =
         description=description,
         args=args,
         default=default if default is not None else tyro.MISSING_NONPROP,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
@@ -69,11 +70,17 @@ def _replaced(default: Any, values: Mapping[str, Any]) -> Any:  # Any: as above
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """The exit code of `main`; what a user can cause is one line on stderr and exit code 2, an interrupt is 130."""
+    """The exit code of `main`; what a user or a disk can cause is one line on stderr and exit code 2, an interrupt is 130."""
     try:
         return main() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}. Look after the disk or folder, then run the same command.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command again continues", file=sys.stderr)
