@@ -20,7 +20,9 @@ import train
 from clips import command
 from clips.errors import InputError
 from convert.pack import PackConfig, pack
+from models import load_trained
 from tests.making import write_home
+from tests.making_models import FAMILIES, clips, plain_logits, plain_model, write_checkpoint
 from training.distributed import Group
 from training.run_folder import RunFolder
 
@@ -200,6 +202,19 @@ def test_three_classes_go_the_whole_way(tmp_path: Path) -> None:
     assert len(found) == 4 and {"p_beat", "p_iconic", "p_none"} <= found[0].keys()
     assert sum(float(found[0][f"p_{name}"]) for name in three) == pytest.approx(1)
     assert np.array(records(folder, "val/")[0]["val/confusion"]).shape == (3, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_plain_transformers_is_trained_saved_and_read_again_by_both(shards: Path, tmp_path: Path, family: str) -> None:
+    start = plain_model(family)
+    folder = run(shards, tmp_path / "run", "--model-name", str(write_checkpoint(tmp_path / "start", start)), "--epochs", "1")
+    ours, names = load_trained(folder / "best")
+    plain = type(start).from_pretrained(folder / "best").eval()
+    assert names == ("nongesture", "gesture") and plain.config.id2label == {0: "nongesture", 1: "gesture"}
+    with torch.no_grad():
+        logits = ours(clips())
+    torch.testing.assert_close(logits, plain_logits(plain, clips()), rtol=0, atol=1e-5)
+    assert any(not torch.equal(value, start.state_dict()[name]) for name, value in plain.state_dict().items() if "layernorm" in name)  # it was trained
 
 
 def test_without_val_and_test_the_last_epoch_is_the_best(tmp_path: Path) -> None:
