@@ -80,7 +80,8 @@ def run(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}. Look after the disk or folder, then run the same command.", file=sys.stderr)
+        where = error.filename or "input or output"
+        print(f"error: {where}: {error.strerror or error}. Look after the disk or folder, then run the same command.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command again continues", file=sys.stderr)

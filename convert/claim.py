@@ -1,4 +1,4 @@
-"""One run at a time packs a share: a claim file with a heartbeat, on any file system, without locks.
+"""One process at a time does a piece of work: a claim file with a heartbeat, on any file system, without locks.
 
 Two runs into one share would only do the work twice (names are temporary, bytes are the same), so a claim saves time, it
 guards no data: what a race could do here is let both go on.
