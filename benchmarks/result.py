@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -15,7 +17,7 @@ from training.machine import describe
 
 @dataclass(frozen=True)
 class Result:
-    """`value` is the median of `n` measurements, `spread` their least and greatest."""
+    """`value` is the median of `n` measurements, their mean where the name says so; `spread` their least and greatest."""
 
     name: str
     value: float
@@ -26,7 +28,21 @@ class Result:
 
 
 def result(name: str, unit: str, values: Sequence[float], config: dict[str, Any] | None = None) -> Result:
-    return Result(name, statistics.median(values), unit, len(values), (min(values), max(values)), config or {})
+    middle: Callable[[Sequence[float]], float] = statistics.fmean if name.endswith("_mean") else statistics.median
+    return Result(name, middle(values), unit, len(values), (min(values), max(values)), config or {})
+
+
+@contextmanager
+def pinned_to_one_core() -> Iterator[None]:
+    """This thread stays on one of its CPUs, the last, where the system can do that."""
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    if before:
+        os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        if before:
+            os.sched_setaffinity(0, before)
 
 
 def write_results(path: Path, results: Sequence[Result], file_system: str) -> None:
@@ -44,3 +60,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [f"{cell:{side}{width}}" for cell, width, side in aligned]
     lines = [cells[start : start + len(header)] for start in range(0, len(cells), len(header))]
     return "\n".join("  ".join(line).rstrip() for line in [lines[0], ["-" * width for width in widths], *lines[1:]])
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """`median [least-greatest]` for a table."""
+    one = result("", "", values)
+    return f"{one.value:.{digits}f} [{one.spread[0]:.{digits}f}-{one.spread[1]:.{digits}f}]"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as Markdown."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])

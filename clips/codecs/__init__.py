@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from ..clip import ClipSpec
+from ..errors import InputError
 from ..registry import resolve
 
 CODECS = {
@@ -37,5 +38,8 @@ class Codec(Protocol):
 
 def make_codec(name: str, settings: Mapping[str, int | str] | None = None, flag: str = "--codec") -> Codec:
     """The codec of that name; InputError for an unknown name or a setting out of range."""
-    codec: Codec = resolve(CODECS, name, flag)(**(settings or {}))
+    try:
+        codec: Codec = resolve(CODECS, name, flag)(**(settings or {}))
+    except TypeError as error:  # from a damaged manifest, or a newer one
+        raise InputError(f"{flag} {name}: {', '.join(settings or {})} are not its settings ({error}).") from error
     return codec
