@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from clips.claim import STALE_S, age_s, claimed, is_held, started
 from clips.clip import ClipSpec
 from clips.environment import allocated_cpus
 from clips.errors import InputError
@@ -24,7 +25,6 @@ from clips.manifest import MANIFEST, Leaks, Manifest, ShardEntry, SplitEntry, in
 from clips.snippets import SPLITS, Bad, Snippet, list_bad
 
 from . import leaks
-from .claim import STALE_S, age_s, claimed, is_held, started
 from .sharding import SplitPlan, read_plan
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,10 @@ def strangers(output: Path, plan: SplitPlan) -> list[str]:
 def manifest_of(output: Path, plans: Sequence[SplitPlan], found: dict[str, dict[int, ShardIndex]], leaked: Leaks) -> Manifest:
     """What these plans, in the order of splits, and their shards' indexes say; InputError for a missing index."""
     settings = plans[0].inputs["settings"]
-    folder = json.loads((output / plans[0].split / PLAN).read_text(encoding="utf-8"))["folder"]
+    path = output / plans[0].split / PLAN
+    folder = json.loads(path.read_text(encoding="utf-8")).get("folder")
+    if not isinstance(folder, str):
+        raise InputError(f"{path}: does not tell the home's folder. Restore it, or take another --output.")
     return Manifest(
         codec=settings["codec"],
         codec_settings=settings["codec_settings"],

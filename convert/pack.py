@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from clips import snippets as source
+from clips.claim import claimed
 from clips.clip import ClipSpec
 from clips.codecs import CODECS, make_codec
 from clips.environment import Array, allocated_cpus, job_array
@@ -21,7 +22,6 @@ from clips.npz import BadNpz
 from clips.registry import check_name
 from clips.snippets import SOURCE_PATTERN, ArrayNames, KeypointsMode, Snippet
 
-from .claim import claimed
 from .encode import Recipe
 from .merge import PLAN, check_budget, claim_path, indexes, join, read_plan_file, remove_leftovers, whole
 from .sharding import SplitPlan, clips_per_shard, differences, plan_split, with_mended
@@ -41,7 +41,7 @@ class PackConfig:
     output: Path
     """The folder of shards; a second run does only what is missing."""
     codec: str = "jpeg"
-    """How frames are stored: jpeg (a tenth of the npz, about 40 dB) or zstd (bit-exact, nearly the size of the npz)."""
+    """How frames are stored: jpeg (a tenth of the npz, about 40 dB) or zstd (bit-exact, about the size of the npz)."""
     quality: int = 90
     """JPEG's quality, 1 … 100."""
     level: int = 1
@@ -185,8 +185,8 @@ def stored_spec(source_spec: ClipSpec, store_size: int | None) -> ClipSpec:
 def _claim_folder(output: Path, manifest: Manifest, plans: Sequence[SplitPlan]) -> list[SplitPlan]:
     """Makes each split's plan.json, exclusively; a folder in use by another plan is an InputError that says what differs."""
     if is_packed(output) and (theirs := read_manifest(output)).settings() != manifest.settings():
-        changed = [name for name, value in manifest.settings().items() if theirs.settings()[name] != value]
-        raise InputError(f"--output {output}: its shards were packed with another {', '.join(changed)}. Take another folder or the same settings.")
+        found = "; ".join(differences(manifest.settings() | {"files": []}, theirs.settings() | {"files": []}))
+        raise InputError(f"--output {output}: its shards were packed with other settings: {found}. Take another folder or the same settings.")
     for plan in plans:  # all are compared before any is made
         if (output / plan.split / PLAN).exists():
             _theirs(output, plan)

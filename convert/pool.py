@@ -33,7 +33,9 @@ def in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], p
     executor = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=_start, initargs=(counter, os.getpid()))
     try:
         with executor, tqdm(total=total, unit="clips", desc=verb, smoothing=0.05) as progress:
-            pending = {executor.submit(work, *job) for job in jobs}
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the processes start in here, with this mask
+            pending = {executor.submit(_interruptible, work, *job) for job in jobs}
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             try:
                 while pending:
                     done, pending = wait(pending, timeout=POLL_S)
@@ -54,6 +56,15 @@ def count() -> None:
     """One clip more is done."""
     with _counter.get_lock():
         _counter.value += 1
+
+
+def _interruptible(work: Callable[..., Result], *job: Any) -> Result:
+    """The job's result. An interrupt ends a job, which cleans up; between jobs it waits: there it would be a traceback for each process."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        return work(*job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _start(counter: Synchronized[int], parent: int) -> None:

@@ -107,6 +107,8 @@ def _arrays(manifest: Manifest, blobs: dict[str, bytes], known: dict[str, dict[s
     if "keypoints.mp" in blobs:
         arrays[str(manifest.arrays["keypoints"])] = mask_of(*unpack_points(blobs["keypoints.mp"]))
     arrays |= {name: unpack_array(blobs[f"{name}.mp"]) for name in manifest.arrays["kept"] if f"{name}.mp" in blobs}
+    if known.keys() != arrays.keys():
+        raise ValueError(f"its json tells of the arrays {', '.join(known)}, its members are {', '.join(arrays)}")
     for name, told in known.items():
         arrays[name] = arrays[name].astype(told["dtype"], copy=False)
         exact = codec.lossless or name != manifest.arrays["video"]

@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from clips.errors import InputError
+from clips.manifest import Manifest
 from convert.pack import PackConfig, pack
 
 
@@ -28,6 +29,13 @@ class InThreads(ThreadPoolExecutor):
 
 def use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("convert.pool.ProcessPoolExecutor", InThreads)
+
+
+def pack_all(config: PackConfig) -> Manifest:
+    """What pack gives for all shares together."""
+    manifest = pack(config)
+    assert manifest is not None
+    return manifest
 
 
 def members_of(output: Path) -> dict[str, bytes]:
@@ -83,14 +91,32 @@ def refused(config: PackConfig) -> str:
     with pytest.raises(InputError) as error:
         pack(config)
     text = str(error.value)
-    assert "\n" not in text and text.endswith(".")
+    assert "\n" not in text and text.endswith("."), text
     assert not_half_written(config.output)
     return text
 
 
 def not_half_written(output: Path) -> bool:
-    """Neither a manifest nor a temporary file."""
-    return not output.is_dir() or (not (output / "manifest.json").exists() and not list(output.rglob("*.tmp")))
+    """Neither a manifest nor a temporary file nor a claim."""
+    return not output.is_dir() or (not (output / "manifest.json").exists() and not list(output.rglob(".*")))
+
+
+def spoil(path: Path) -> None:
+    """A snippet whose headers are fine and whose mask holds twos; its size is another one."""
+    with np.load(path) as arrays:
+        rewrite(path, keypoints=arrays["keypoints"] * np.uint8(2))
+
+
+def spoil_pixels(path: Path) -> None:
+    """A snippet of the same size with a wrong byte among its values: only the checksum tells."""
+    blob = bytearray(path.read_bytes())
+    blob[len(blob) // 2] ^= 0xFF
+    path.write_bytes(blob)
+
+
+def stamps(folder: Path, pattern: str = "*") -> dict[str, tuple[int, int]]:
+    """Name to inode and time of every file below: a file that was written anew has others."""
+    return {path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(folder.rglob(pattern)) if path.is_file()}
 
 
 def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

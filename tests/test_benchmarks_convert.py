@@ -10,8 +10,6 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
-from making import HOME, write_home
-from packing import members_of, source_of
 from PIL import Image
 
 from benchmarks import convert
@@ -21,6 +19,8 @@ from benchmarks.result import Result, cell, markdown, result
 from benchmarks.storage import StorageBenchConfig, bench_storage, ways
 from clips.errors import InputError
 from clips.snippets import find
+from tests.making import HOME, write_home
+from tests.packing import members_of, source_of
 
 COUNTS = {"train": {"gesture": 5, "nongesture": 4}, "test": {"nongesture": 1}}  # four sources: 4 + 1, 3 + 1 and 1 snippets
 

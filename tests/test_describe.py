@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from making import write_home
-from packing import rewrite, snippets_of, source_of, use_threads
 
 from clips.errors import ClipError, InputError
 from clips.format import pack_index
 from clips.manifest import index_path, read_index, read_manifest, write_manifest
 from convert.describe import DescribeConfig, describe, table
 from convert.pack import PackConfig, pack
+from tests.making import write_home
+from tests.packing import rewrite, snippets_of, source_of, use_threads
 
 COUNTS = {"train": {"nongesture": 9, "gesture": 4}, "val": {"nongesture": 1, "gesture": 2}, "test": {"nongesture": 2}}
 FRAMES = 8

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from clips import environment
-from clips.environment import Ranks, first_host, ranks
+from clips.environment import Array, Ranks, first_host, job_array, ranks
 from clips.errors import InputError
 
 STEP = {
@@ -70,6 +70,12 @@ def test_the_first_host_of_a_node_list(nodelist: str, host: str) -> None:
 def test_an_empty_node_list_is_an_error() -> None:
     with pytest.raises(InputError, match="expected host names"):
         first_host("")
+
+
+def test_a_job_array_is_known_by_its_variables() -> None:
+    element = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "5"}
+    assert job_array(element) == Array(element=5, count=2, lowest=3, highest=5)
+    assert job_array(STEP) is None and job_array({}) is None
 
 
 def test_a_shared_machine_is_never_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +37,7 @@ from clips.manifest import (
     index_path,
     tar_path,
 )
+from clips.snippets import Bad
 from convert.encode import EncodedClip
 from convert.writer import write_shard
 
@@ -51,7 +53,7 @@ def hand_made(key: str = FACTS.key, blobs: tuple[bytes, ...] = (b"\xff\xd8one", 
         ("json", pack_json({"path": f"{key}.npz", "index": 12})),
         ("keypoints.mp", pack_points(np.array([[0, 1, 2], [1, 3, 258]]), (2, 4, 300))),
     )
-    return EncodedClip(replace(FACTS, key=key), bytes(range(24)), members, records)
+    return EncodedClip(replace(FACTS, key=key), "d" * 64, bytes(range(24)), 0, members, records)
 
 
 # --- members
@@ -109,7 +111,17 @@ def test_the_keypoints_member_is_these_bytes() -> None:
 def test_a_kept_array_comes_back_bit_exact(array: np.ndarray) -> None:
     back = unpack_array(pack_array(array))
     assert (back.dtype, back.shape, back.tobytes()) == (array.dtype, array.shape, array.tobytes())
-    assert msgpack.unpackb(pack_array(array)) == {"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()}
+    packed = msgpack.unpackb(pack_array(array))
+    assert zstandard.ZstdDecompressor().decompress(packed.pop("zstd")) == array.tobytes()
+    assert packed == {"dtype": array.dtype.str, "shape": list(array.shape)}
+
+
+@pytest.mark.parametrize("packed", [{}, {"dtype": "|u1", "shape": [3], "zstd": b"no frame"}, {"dtype": "|u1", "shape": [4], "zstd": None}])
+def test_a_member_that_is_no_array_is_a_format_error(packed: dict[str, Any]) -> None:
+    whole = msgpack.unpackb(pack_array(np.arange(3, dtype=np.uint8)))
+    for blob in (packed, whole | {"shape": [4]}, whole | {"dtype": "<f4"}, whole | {"dtype": "no dtype"}):
+        with pytest.raises(FormatError, match="not an array"):
+            unpack_array(pack_map(blob))
 
 
 def test_json_is_sorted_compact_utf8() -> None:
@@ -121,23 +133,24 @@ def test_json_is_sorted_compact_utf8() -> None:
 ENTRY_MEMBERS = {"cls": (512, 1), "frames.mp": (1536, 60)}
 
 
-def an_index(num_clips: int = 1, bad: tuple[dict[str, str], ...] = ()) -> ShardIndex:
+def an_index(num_clips: int = 1, bad: tuple[dict[str, str], ...] = (), mended: tuple[dict[str, Any], ...] = ()) -> ShardIndex:
     frames = np.array([(1560, 5, 7), (2**40, 2**31, 2**32 - 1)], FRAME)
-    entries = tuple(IndexEntry(replace(FACTS, key=f"{FACTS.key}{n}"), bytes(24), dict(ENTRY_MEMBERS), frames) for n in range(num_clips))
-    return ShardIndex("f" * 64, "train-000000", 10240, "a" * 64, bad, entries)
+    facts = [replace(FACTS, key=f"{FACTS.key}{n}") for n in range(num_clips)]
+    entries = tuple(IndexEntry(one, "d" * 64, bytes(24), 1, dict(ENTRY_MEMBERS), {"cls": 7, "frames.mp": 2**32 - 1}, frames) for one in facts)
+    return ShardIndex("f" * 64, "train-000000", 10240, "a" * 64, bad, entries, mended)
 
 
 def assert_same(one: ShardIndex, two: ShardIndex) -> None:
     assert replace(one, clips=()) == replace(two, clips=())
     assert len(one.clips) == len(two.clips)
     for a, b in zip(one.clips, two.clips, strict=True):
-        assert (a.facts, a.dhash, a.members) == (b.facts, b.dhash, b.members)
+        assert replace(a, frames=None) == replace(b, frames=None)  # type: ignore[arg-type]  # arrays are compared by themselves
         assert a.frames.dtype == b.frames.dtype == FRAME and np.array_equal(a.frames, b.frames)
 
 
 @pytest.mark.parametrize("num_clips", [0, 1, 3, 70])
 def test_an_index_comes_back(num_clips: int) -> None:
-    index = an_index(num_clips, ({"path": "train/a/1_x.npz", "reason": "cut"},))
+    index = an_index(num_clips, ({"path": "train/a/1_x.npz", "reason": "cut"},), ({"path": "train/a/2_x.npz", "bytes": 2**40},))
     assert_same(unpack_index(pack_index(index)), index)
 
 
@@ -150,6 +163,7 @@ def test_an_index_holds_these_fields_and_records_of_16_bytes() -> None:
         "tar_bytes": 10240,
         "tar_sha256": "a" * 64,
         "bad": [],
+        "mended": [],
         "clips": [
             {
                 "key": "train/gesture/000000012_x0",
@@ -159,7 +173,10 @@ def test_an_index_holds_these_fields_and_records_of_16_bytes() -> None:
                 "begin_ms": 0,
                 "end_ms": 1300,
                 "frames_valid": 2,
+                "video_sha256": "d" * 64,
                 "dhash": bytes(24),
+                "frames_constant": 1,
+                "crc32": {"cls": 7, "frames.mp": 2**32 - 1},
                 "members": {"cls": [512, 1], "frames.mp": [1536, 60]},
                 "frames": frames,
             }
@@ -180,10 +197,18 @@ def test_an_index_of_another_version_is_named(version: Any) -> None:
         unpack_index(pack_map(packed))
 
 
-@pytest.mark.parametrize("name", ["plan_id", "shard", "tar_bytes", "tar_sha256", "bad", "clips"])
+@pytest.mark.parametrize("name", ["plan_id", "shard", "tar_bytes", "tar_sha256", "bad", "mended", "clips"])
 def test_an_index_without_a_field_is_a_format_error(name: str) -> None:
     packed = msgpack.unpackb(pack_index(an_index()))
     del packed[name]
+    with pytest.raises(FormatError, match=name):
+        unpack_index(pack_map(packed))
+
+
+@pytest.mark.parametrize("name", ["key", "label", "source", "video_sha256", "dhash", "frames_constant", "members", "crc32", "frames"])
+def test_a_clip_of_an_index_without_a_field_is_a_format_error(name: str) -> None:
+    packed = msgpack.unpackb(pack_index(an_index()))
+    del packed["clips"][0][name]
     with pytest.raises(FormatError, match=name):
         unpack_index(pack_map(packed))
 
@@ -248,6 +273,8 @@ def test_a_shard_is_a_plain_tar_whose_index_tells_every_place(tmp_path: Path) ->
     for clip, entry in zip(clips, index.clips, strict=True):
         frames = msgpack.unpackb(dict(clip.members)["frames.mp"])["frames"]
         assert [blob[r["offset"] : r["offset"] + r["size"]] for r in entry.frames] == frames
+    crc32 = {f"{entry.facts.key}.{suffix}": value for entry in index.clips for suffix, value in entry.crc32.items()}
+    assert crc32 == {name: zlib.crc32(member) for name, member in contents.items()}
     for info in infos:
         assert (info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode, info.isfile()) == (0, 0, 0, "", "", 0o644, True)
     assert len(blob) == index.tar_bytes and len(blob) % tarfile.RECORDSIZE == 0 and not any(blob[-1024:])
@@ -274,11 +301,12 @@ def test_a_shard_is_the_tar_that_pythons_tarfile_writes(tmp_path: Path) -> None:
 def test_the_bytes_of_version_1_are_pinned(tmp_path: Path) -> None:
     """Another sum here means that old shards and new ones differ: raise FORMAT_VERSION, or undo the change."""
     (tmp_path / "train").mkdir()
-    index = write_shard(tmp_path, "train", "train-000000", "f" * 64, [hand_made(), hand_made(FOREIGN)])
+    bad = [Bad("train/gesture/000000013_x.npz", "cut")]
+    index = write_shard(tmp_path, "train", "train-000000", "f" * 64, [hand_made(), hand_made(FOREIGN)], bad, {"train/gesture/000000014_x.npz": 77})
     index_blob = index_path(tmp_path, "train", "train-000000").read_bytes()
-    assert (index.tar_bytes, len(index_blob)) == (20480, 659)
+    assert (index.tar_bytes, len(index_blob)) == (20480, 1067)
     assert index.tar_sha256 == "6d6ef867e2d4b1359111e6e8fc8c96e9707cb255b689222d96eed8458645da7d"
-    assert hashlib.sha256(index_blob).hexdigest() == "23c15c6c6d1495ad97ffd2324c4e640f8ac18c19f7231f03fe726f36f8fe3219"
+    assert hashlib.sha256(index_blob).hexdigest() == "33e8426574ebd8f4d3b8b7bf9204c08307d42b1b3a6b4dae5ae0c256d576696c"
 
 
 def test_a_shard_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:

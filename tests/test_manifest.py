@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_format import assert_same, hand_made
 
 from clips.clip import ClipSpec
 from clips.errors import ClipError, InputError
 from clips.manifest import (
+    Leaks,
     Manifest,
     ShardEntry,
     SplitEntry,
@@ -25,6 +25,7 @@ from clips.manifest import (
     write_manifest,
 )
 from convert.writer import write_shard
+from tests.test_format import assert_same, hand_made
 
 SHARD = ShardEntry("train-000000", 5, 10240, "a" * 64, "b" * 64, (2, 3))
 MANIFEST = Manifest(
@@ -36,7 +37,8 @@ MANIFEST = Manifest(
     home={"folder": "x_length_1300_iou_0.5", "name": "x", "length_ms": 1300, "iou": 0.5},
     arrays={"video": "video", "keypoints": "keypoints", "keypoints_mode": "required", "kept": [], "dropped": ["flow"]},
     source_pattern="^x$",
-    splits={"train": SplitEntry("f" * 64, (SHARD, replace(SHARD, name="train-000001", clips=4)))},
+    leaks=Leaks([["train/a/1_x", "val/a/1_x"]], {"x": ["train", "val"]}, [["train/a/2_x", "val/a/2_x"]]),
+    splits={"train": SplitEntry("f" * 64, (SHARD, replace(SHARD, name="train-000001", clips=4)), ({"path": "train/a/3_x.npz", "reason": "cut"},))},
 )
 
 
@@ -63,7 +65,8 @@ def test_a_manifest_comes_back_and_is_plain_json(tmp_path: Path) -> None:
 def test_unknown_fields_of_a_manifest_are_ignored(tmp_path: Path) -> None:
     write_manifest(tmp_path, MANIFEST)
     packed = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
-    packed["later"] = packed["splits"]["train"]["later"] = packed["splits"]["train"]["shards"][0]["later"] = 1
+    for place in (packed, packed["source"], packed["leaks"], packed["splits"]["train"], packed["splits"]["train"]["shards"][0]):
+        place["later"] = 1
     (tmp_path / "manifest.json").write_text(json.dumps(packed), encoding="utf-8")
     assert read_manifest(tmp_path) == MANIFEST
 
@@ -81,8 +84,9 @@ def test_a_damaged_manifest_is_one_clear_line(text: bytes, tmp_path: Path) -> No
     assert "\n" not in str(error.value)
 
 
-ABSENT = ["codec", "codec_settings", "source", "stored", "classes", "home", "arrays", "source_pattern", "splits"]
+ABSENT = ["codec", "codec_settings", "source", "stored", "classes", "home", "arrays", "source_pattern", "leaks", "splits"]
 WRONG: list[tuple[str, Any]] = [("source", 3), ("stored", {"frames": 0, "height": 1, "width": 1}), ("classes", 3), ("splits", 3), ("splits", {"train": 3})]
+WRONG += [("leaks", []), ("leaks", {"identical": []})]
 
 
 @pytest.mark.parametrize(("name", "value"), [*((name, None) for name in ABSENT), *WRONG])
@@ -120,9 +124,11 @@ def test_an_index_that_is_not_the_manifests_is_a_clip_error(tmp_path: Path) -> N
         read_index(tmp_path, "train", replace(shard, index_sha256=hashlib.sha256(b"\x80").hexdigest()))
 
 
-def test_settings_are_all_but_splits_and_home() -> None:
-    assert MANIFEST.settings().keys() == {"format", "codec", "codec_settings", "source", "stored", "classes", "arrays", "source_pattern"}
-    assert replace(MANIFEST, splits={}, home={}).settings() == MANIFEST.settings()
+def test_settings_are_all_but_splits_leaks_and_the_homes_folder() -> None:
+    assert MANIFEST.settings().keys() == {"format", "codec", "codec_settings", "source", "stored", "classes", "home", "arrays", "source_pattern"}
+    moved = replace(MANIFEST, splits={}, leaks=Leaks(), home=MANIFEST.home | {"folder": "elsewhere"})
+    assert moved.settings() == MANIFEST.settings() and "folder" not in MANIFEST.settings()["home"]
+    assert replace(MANIFEST, home=MANIFEST.home | {"length_ms": 2600}).settings() != MANIFEST.settings()
 
 
 def test_the_fingerprint_of_data_is_of_sorted_keys_and_labels() -> None:

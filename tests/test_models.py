@@ -11,7 +11,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from making_models import CLASSES, FAMILIES, PROCESSOR, clips, normalised, plain_logits, plain_model, write_checkpoint
 from torch import nn
 from transformers import TimesformerForVideoClassification, VideoMAEForVideoClassification
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
@@ -22,6 +21,7 @@ from models import MODELS, ModelConfig, build_model, load_trained
 from models.classifier import ClipClassifier
 from models.hub import HUB_IDS
 from models.positions import sincos_table
+from tests.making_models import CLASSES, FAMILIES, PROCESSOR, clips, normalised, plain_logits, plain_model, write_checkpoint
 
 PLAIN: dict[str, Any] = {"videomae": VideoMAEForVideoClassification, "timesformer": TimesformerForVideoClassification}
 ORDERS = {"videomae": "rgb", "timesformer": "bgr"}

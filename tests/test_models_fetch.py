@@ -10,11 +10,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from making_models import FAMILIES, clips, normalised, plain_logits, plain_model, write_checkpoint
 from transformers import TimesformerForVideoClassification, VideoMAEForVideoClassification
 
 from models import load_trained
 from models.__main__ import main
+from tests.making_models import FAMILIES, clips, normalised, plain_logits, plain_model, write_checkpoint
 
 
 def no_hub(*_: Any, **__: Any) -> None:  # Any: the hub's own arguments

@@ -10,13 +10,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from making_models import CLASSES, FAMILIES, PROCESSOR, SMALL, SPELLINGS, clips, draw, plain_logits, plain_model, spelled, write_checkpoint
 from safetensors import safe_open
 from transformers import TimesformerConfig, TimesformerForVideoClassification, VideoMAEConfig, VideoMAEForPreTraining
 
 from clips.clip import ClipSpec
 from clips.errors import InputError
 from models import ModelConfig, build_model, load_trained
+from tests.making_models import CLASSES, FAMILIES, PROCESSOR, SMALL, SPELLINGS, clips, draw, plain_logits, plain_model, spelled, write_checkpoint
 
 ORDERS = {"videomae": "rgb", "timesformer": "bgr"}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from making_models import clips, normalised
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.patches import FoldedPatch
 from models.pixels import Pixels
+from tests.making_models import clips, normalised
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Relative root mean square errors against float64 that we promise; measured 2.7e-7, 2.5e-3, 3.0e-4; normalised floats have 7.1e-7, 3.0e-3, 3.7e-4.

@@ -9,11 +9,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from making_models import CLASSES, PROCESSOR, edit, plain_model, save_tensors, write_checkpoint
 from torch import Tensor
 
 from clips.errors import InputError
 from models import ModelConfig, build_model, load_trained
+from tests.making_models import CLASSES, PROCESSOR, edit, plain_model, save_tensors, write_checkpoint
 
 
 def build(name: Path | str) -> Any:  # Any: attributes differ by model

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from making import tell_tale_mask, tell_tale_video
 
 from clips.npz import BadNpz, read_arrays, read_headers
+from tests.making import tell_tale_mask, tell_tale_video
 
 ARRAYS = {
     "video": tell_tale_video(1, 3, 8, 8),

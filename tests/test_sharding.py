@@ -18,7 +18,7 @@ from clips.codecs import CODECS, make_codec
 from clips.snippets import Snippet
 from convert.encode import dhash
 from convert.pack import stored_spec
-from convert.sharding import clips_per_shard, deal, plan_split
+from convert.sharding import SplitPlan, clips_per_shard, deal, differences, mended_sizes, plan_id_of, plan_split, read_plan, with_mended
 
 
 def some_snippets(labels: list[int]) -> list[Snippet]:
@@ -75,17 +75,18 @@ def test_snippets_are_shuffled_inside_a_shard() -> None:
 @given(st.floats(1e-6, 1e5), st.integers(1, 40), st.integers(1, 400), st.sampled_from(sorted(CODECS)))
 def test_clips_per_shard_is_arithmetic_that_grows_with_the_shard(shard_mib: float, frames: int, size: int, codec: str) -> None:
     spec = ClipSpec(frames, size, size)
-    found = clips_per_shard(make_codec(codec), spec, shard_mib)
-    assert found == clips_per_shard(make_codec(codec), spec, shard_mib) >= 1
-    assert clips_per_shard(make_codec(codec), spec, 2 * shard_mib) >= found
+    found = clips_per_shard(make_codec(codec), spec, 0, shard_mib)
+    assert found == clips_per_shard(make_codec(codec), spec, 0, shard_mib) >= 1
+    assert clips_per_shard(make_codec(codec), spec, 0, 2 * shard_mib) >= found >= clips_per_shard(make_codec(codec), spec, 10**6, shard_mib)
     if found > 1:
         assert found * make_codec(codec).estimated_bytes(spec) <= shard_mib * 2**20
 
 
 def test_a_shard_of_usual_clips_has_nearly_the_asked_size() -> None:
     spec = ClipSpec(39, 320, 320)
-    assert 320 <= clips_per_shard(make_codec("jpeg"), spec, 256) <= 360  # of 0.75 MB
-    assert 37 <= clips_per_shard(make_codec("zstd"), spec, 256) <= 42  # of 6.6 MB
+    assert 320 <= clips_per_shard(make_codec("jpeg"), spec, 0, 256) <= 360  # of 0.75 MB
+    assert 37 <= clips_per_shard(make_codec("zstd"), spec, 0, 256) <= 42  # of 7.1 MB
+    assert 31 <= clips_per_shard(make_codec("jpeg"), spec, 39 * 320 * 320 * 3, 256) <= 36  # and 7.2 MB of a kept array of the same shape
 
 
 def test_the_plan_id_changes_with_each_input_and_with_nothing_else() -> None:
@@ -103,6 +104,58 @@ def test_the_plan_id_changes_with_each_input_and_with_nothing_else() -> None:
     assert plan_split("train", found[::-1], dict(reversed(base.items())), 2) == plan
     text = json.dumps(plan.inputs, sort_keys=True, ensure_ascii=False)  # as docs/format.md says
     assert plan.plan_id == hashlib.sha256(text.encode()).hexdigest()
+
+
+SETTINGS: dict[str, Any] = {"classes": ["0", "1"], "home": {"length_ms": 1300}, "source_pattern": r"^(?P<source>.+)$"}
+
+
+def a_plan(labels: tuple[int, ...] = (0, 1, 0, 1, 0), sizes: dict[int, int] | None = None, gone: int | None = None, **changes: Any) -> SplitPlan:
+    """Five snippets of 100 to 104 bytes in shards of two, some of another size, one gone."""
+    found = [replace(s, source=str(n), index=None, file_bytes=(sizes or {}).get(n, s.file_bytes)) for n, s in enumerate(some_snippets([*labels])) if n != gone]
+    return plan_split("train", found, SETTINGS | changes, 2)
+
+
+def test_a_plan_read_again_is_the_same_plan() -> None:
+    plan = a_plan()
+    assert read_plan(json.loads(json.dumps({"plan_id": plan.plan_id, "inputs": plan.inputs}))) == plan
+
+
+@pytest.mark.parametrize("part", ["files", "seed", "clips_per_shard", "settings"])
+def test_a_plan_whose_inputs_changed_is_none(part: str) -> None:
+    plan = a_plan()
+    inputs = plan.inputs | {part: {"files": plan.inputs["files"][1:], "settings": SETTINGS | {"classes": ["1", "0"]}}.get(part, 7)}
+    with pytest.raises(ValueError, match="its plan id is not the sha256 of its inputs"):
+        read_plan({"plan_id": plan.plan_id, "inputs": inputs})
+    assert read_plan({"plan_id": plan_id_of(inputs), "inputs": inputs}).plan_id != plan.plan_id
+
+
+def test_a_plan_may_differ_in_files_that_were_bad_and_in_nothing_else() -> None:
+    theirs, path = a_plan(), "train/1/3.npz"
+    for mine in (a_plan(sizes={3: 7}), a_plan(gone=3)):
+        assert mine.plan_id != theirs.plan_id
+        assert with_mended(theirs, mine, {"train/0/0.npz"}, {}) is None
+        found = with_mended(theirs, mine, {path}, {})
+        assert found is not None and (found.plan_id, found.inputs) == (theirs.plan_id, theirs.inputs)
+        assert [[s.key for s in shard] for shard in found.shards] == [[s.key for s in shard] for shard in theirs.shards]
+    mended = with_mended(theirs, a_plan(sizes={3: 7}), {path}, {})
+    assert mended is not None and {s.path: s.file_bytes for shard in mended.shards for s in shard}[path] == 7
+    sizes = [mended_sizes(mended, number) for number in range(3)]
+    assert sorted(map(len, sizes)) == [0, 0, 1] and {path: 7} in sizes and not any(mended_sizes(theirs, number) for number in range(3))
+
+
+def test_a_file_that_was_mended_may_have_the_size_that_it_was_packed_with() -> None:
+    theirs, path = a_plan(), "train/1/3.npz"
+    assert with_mended(theirs, a_plan(sizes={3: 7}), (), {path: 7}) is not None
+    assert with_mended(theirs, a_plan(sizes={3: 8}), (), {path: 7}) is None
+    assert with_mended(theirs, a_plan(gone=3), (), {path: 7}) is None
+    others = (a_plan((0, 1, 0, 1, 0, 1)), a_plan(home={"length_ms": 650}), replace(theirs, inputs=theirs.inputs | {"seed": 9}))
+    for other in others:
+        assert with_mended(theirs, other, {path}, {path: 7}) is None
+
+
+def test_what_differs_between_plans_is_said_in_words() -> None:
+    found = differences(a_plan(sizes={3: 7}, home={"length_ms": 650}).inputs, a_plan().inputs)
+    assert found == ["settings.home.length_ms is 650 here and 1300 there", "1 files were added, removed or changed in size, train/1/3.npz first"]
 
 
 @pytest.mark.parametrize(("size", "stored"), [((32, 32), (16, 16)), ((32, 48), (16, 24)), ((48, 32), (24, 16)), ((240, 427), (16, 28))])

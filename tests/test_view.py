@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from making import write_home
-from packing import rewrite, snippets_of, source_of, use_threads
 from PIL import Image
-from viewing import FRAMES, GESTURES, HEIGHT, WIDTH, home_of, jpegs, keys, mask_of_page, shown, write_shards
 
 from clips.clip import ClipSpec
 from clips.errors import ClipError, InputError
@@ -21,6 +18,9 @@ from convert.pack import PackConfig, pack
 from convert.sheet import draw_joints, fitted
 from convert.shown import resized, small_size, strip_numbers
 from convert.view import ViewConfig, view
+from tests.making import write_home
+from tests.packing import rewrite, snippets_of, source_of, use_threads
+from tests.viewing import FRAMES, GESTURES, HEIGHT, WIDTH, home_of, jpegs, keys, mask_of_page, shown, write_shards
 
 YELLOW = (255, 230, 0)
 

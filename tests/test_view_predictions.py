@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from viewing import GESTURES, NONGESTURES, Page, keys, shown, write_shards
 
 from clips.errors import InputError
 from clips.manifest import read_index, read_manifest
 from convert.view import ViewConfig, view
+from tests.viewing import GESTURES, NONGESTURES, Page, keys, shown, write_shards
 from training.metrics import Prediction, write_predictions
 
 

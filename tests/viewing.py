@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from making import write_home
-from packing import use_threads
 from PIL import Image
 
 from convert.pack import PackConfig, pack
 from convert.view import ViewConfig, view
+from tests.making import write_home
+from tests.packing import use_threads
 
 COUNTS = {"train": {"nongesture": 7, "gesture": 3}, "val": {"nongesture": 2, "gesture": 2}}
 FRAMES, HEIGHT, WIDTH = 12, 32, 40

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clips.errors import InputError
-from clips.files import temporary_name, write_once
+from .errors import InputError
+from .files import temporary_name, write_once
 
 logger = logging.getLogger(__name__)
 
