@@ -21,6 +21,7 @@ from clips.format import ClipFacts, ShardIndex
 from clips.manifest import Leaks, Manifest, read_index, read_manifest
 from clips.snippets import SPLITS
 
+from .verified import Quality, read_verified
 from .view import check_folder
 
 SHOWN = 5  # names or reasons that a line lists; JSON has all
@@ -79,6 +80,7 @@ class Facts:
     raw_clip_bytes: int
     arrays: dict[str, str | list[str]]
     leaks: Leaks
+    quality: dict[str, Quality] | None
     splits: dict[str, Split]
     all: Split
 
@@ -113,6 +115,7 @@ def gather(folder: Path) -> Facts:
         raw_clip_bytes=manifest.source.frames * manifest.source.height * manifest.source.width * 3,
         arrays=manifest.arrays,
         leaks=manifest.leaks,
+        quality=read_verified(folder),
         splits={split: _group(manifest, [split], indexes[split]) for split in names},
         all=_group(manifest, names, [index for found in indexes.values() for index in found]),
     )
@@ -165,6 +168,7 @@ def lines(facts: Facts) -> list[str]:
         *table(["split", "shards", "MB", "MB a clip", "of raw", "padded", "with times", "with keypoints", "left out"], _size_rows(facts), left=1),
         "",
     ]
+    told += _quality(facts)
     told += [f"frames_valid in {split}: {_histogram(values, facts.source.frames)}" for split, values in splits.items() if values.clips]
     told += [f"frames of one colour in {split}: {values.with_constant_frames} clips" for split, values in splits.items() if values.with_constant_frames]
     told += _leaked(facts)
@@ -173,6 +177,18 @@ def lines(facts: Facts) -> list[str]:
         if len(values.left_out) > SHOWN:
             told.append(f"left out of {split}: {len(values.left_out) - SHOWN} more")
     return told
+
+
+def _quality(facts: Facts) -> list[str]:
+    """PSNR against the npz, as the last verify found it."""
+    if facts.quality is None:
+        return ["PSNR: not measured; python -m convert verify SHARDS --dataset-home HOME measures it"]
+    return [
+        f"PSNR in {split}: "
+        + ("equal, bit for bit" if found.psnr_min_db is None else f"min {found.psnr_min_db:.1f} dB, mean {found.psnr_mean_db:.1f} dB")
+        + f" over {found.clips} clips"
+        for split, found in facts.quality.items()
+    ]
 
 
 def _leaked(facts: Facts) -> list[str]:

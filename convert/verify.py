@@ -35,6 +35,7 @@ from .encode import dhash, num_constant, sha256_of_array, stored_frames, told_of
 from .merge import PLAN, index_fault, indexes, manifest_of, read_plan_file
 from .pool import count, in_processes
 from .sharding import SplitPlan
+from .verified import write_verified
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ def verify(config: VerifyConfig) -> int:
         _report_psnr(psnr_db)
     print(f"{sum(report.clips for report in reports)} clips in {len(jobs)} shards checked, {len(problems)} problems")
     if not problems:
+        if snippets is not None:
+            write_verified(config.shards, psnr_db)
         print(_verdict(manifest, psnr_db, snippets is not None, lossless))
     return 1 if problems else 0
 

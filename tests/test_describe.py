@@ -19,6 +19,7 @@ from clips.format import pack_index
 from clips.manifest import index_path, read_index, read_manifest, write_manifest
 from convert.describe import DescribeConfig, describe, table
 from convert.pack import PackConfig, pack
+from convert.verify import VerifyConfig, verify
 from tests.making import write_home
 from tests.packing import rewrite, snippets_of, source_of, use_threads
 
@@ -167,6 +168,29 @@ def test_the_homes_name_is_told_in_words(
     values = facts["splits"]["val"]
     assert (values["with_times"], values["with_keypoints"]) == (0 if name == "snippets" else 2, 0)
     assert not re.search("^all ", told, re.MULTILINE)  # one split needs no sum
+
+
+def test_the_psnr_is_that_of_the_last_verify_and_of_these_shards_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_threads(monkeypatch)
+    home = write_home(tmp_path / "npz", {"train": {"gesture": 2, "nongesture": 2}, "val": {"gesture": 1, "nongesture": 1}})
+    pack(PackConfig(home, tmp_path / "lossy"))
+    pack(PackConfig(home, tmp_path / "exact", codec="zstd"))
+    assert describe(DescribeConfig(tmp_path / "lossy")) == 0
+    assert "PSNR: not measured; python -m convert verify SHARDS --dataset-home HOME" in capsys.readouterr().out
+    for name in ("lossy", "exact"):
+        assert verify(VerifyConfig(tmp_path / name, home)) == 0
+    worst = float(re.findall(r"frames lossy \(min ([\d.]+) dB", capsys.readouterr().out)[0])
+    assert describe(DescribeConfig(tmp_path / "lossy", json=tmp_path / "facts.json")) == 0
+    found = json.loads((tmp_path / "facts.json").read_text())["quality"]
+    assert found.keys() == {"train", "val"} and min(split["psnr_min_db"] for split in found.values()) == pytest.approx(worst, abs=0.06)
+    assert f"PSNR in train: min {found['train']['psnr_min_db']:.1f} dB" in capsys.readouterr().out
+    assert describe(DescribeConfig(tmp_path / "exact")) == 0
+    assert "PSNR in val: equal, bit for bit over 2 clips" in capsys.readouterr().out
+    (tmp_path / "exact" / "verified.json").replace(tmp_path / "lossy" / "verified.json")
+    assert describe(DescribeConfig(tmp_path / "lossy")) == 0
+    assert "PSNR: not measured" in capsys.readouterr().out
 
 
 def test_a_source_and_a_clip_in_two_splits_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
