@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -38,8 +37,7 @@ from convert.encode import Recipe, encode_clip
 from convert.sharding import clips_per_shard
 from convert.writer import write_shard
 
-from .loader import file_system_of
-from .result import Result, cell, pinned_to_one_core, result, table, write_results
+from .result import Result, cell, file_system_of, measure, pinned_to_one_core, result, table, write_results
 
 Inflate = Callable[[bytes, int], bytes]  # a deflated member and the bytes that it holds -> those bytes
 Measured = dict[str, list[float]]  # name to one value a round
@@ -138,21 +136,6 @@ def chosen_clips(home: Home, num_clips: int, quality: int = QUALITY) -> tuple[li
     if bad:
         raise InputError(f"{home.path}: {bad[0]}. Measure on snippets that `python -m convert pack` takes.")
     return chosen, Recipe("jpeg", {"quality": quality}, spec, spec, names, ())
-
-
-def measure(tasks: dict[str, Callable[[], object]], num_clips: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """CPU ms a clip and clips/s of each task in each round, every second round backwards; one round before warms up."""
-    cpu_ms: dict[str, list[float]] = {name: [] for name in tasks}
-    clips_per_s: dict[str, list[float]] = {name: [] for name in tasks}
-    for number in range(rounds + 1):
-        for name in list(tasks)[:: 1 if number % 2 else -1]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            tasks[name]()
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if number:
-                cpu_ms[name].append(1000 * cpu / num_clips)
-                clips_per_s[name].append(num_clips / wall)
-    return cpu_ms, clips_per_s
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,21 @@ class Result:
 def result(name: str, unit: str, values: Sequence[float], config: dict[str, Any] | None = None) -> Result:
     middle: Callable[[Sequence[float]], float] = statistics.fmean if name.endswith("_mean") else statistics.median
     return Result(name, middle(values), unit, len(values), (min(values), max(values)), config or {})
+
+
+def measure(tasks: dict[str, Callable[[], object]], num_clips: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """CPU ms a clip and clips/s of each task in each round, every second round backwards; one round before warms up."""
+    cpu_ms: dict[str, list[float]] = {name: [] for name in tasks}
+    clips_per_s: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(rounds + 1):
+        for name in list(tasks)[:: 1 if number % 2 else -1]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            tasks[name]()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            if number:
+                cpu_ms[name].append(1000 * cpu / num_clips)
+                clips_per_s[name].append(num_clips / wall)
+    return cpu_ms, clips_per_s
 
 
 @contextmanager
@@ -72,3 +88,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same as Markdown."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def file_system_of(path: Path) -> str:
+    """The type of the file system that holds `path`, as /proc/mounts names it."""
+    best, kind = "", "unknown"
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, found = line.split()[:3]
+        if os.path.commonpath([mount, path.resolve()]) == mount and len(mount) >= len(best):
+            best, kind = mount, found
+    return kind

@@ -28,8 +28,7 @@ from convert.verify import psnr_db
 from loaders.sample import frames_uniform
 
 from .convert import chosen_clips
-from .loader import file_system_of
-from .result import Result, cell, markdown, pinned_to_one_core, result, write_results
+from .result import Result, cell, file_system_of, markdown, pinned_to_one_core, result, write_results
 
 FRAMES = 16  # that a model looks at
 QUALITIES = (50, 75, 85, 90, 95, 98)
