@@ -16,6 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from clips import command
+from clips.environment import allocated_cpus
 from clips.errors import InputError
 from loaders.npz import NpzSource
 from loaders.plan import Plan
@@ -64,9 +65,9 @@ def main() -> int:
     source = NpzSource.of_paths(config.paths, class_names) if config.paths else _split(config, stored, class_names)
     output = config.output or _default_output(config, stored)
     group = Group(0, 1, 0, choose_device(config.device, 0), "single")
-    share_cores(group.device, 1)
+    share_cores(group.device, allocated_cpus())
     plan = Plan(len(source.facts), config.batch_size, config.batch_size, seed=0)
-    loader = Loader(source, plan, model.spec, group.device, config.threads or default_threads(1))  # type: ignore[arg-type]  # a ClipSpec
+    loader = Loader(source, plan, model.spec, group.device, config.threads or default_threads())  # type: ignore[arg-type]  # a ClipSpec
     batches = tqdm(loader.evaluation(), total=-(-len(source.facts) // config.batch_size), unit="batch", desc="predict", disable=None)
     scores = probabilities(model.to(group.device), batches, len(source.facts), Precision(config.precision, group.device), group)
     loader.close()
@@ -92,6 +93,8 @@ def _run_config(run: Path) -> dict[str, Any]:  # Any: JSON values
         config: dict[str, Any] = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{run}: expected the folder of a run with config.json and best/ ({error}). Give what --logger-folder named.") from error
+    if not isinstance(config, dict) or "dataset_home" not in config:
+        raise InputError(f"{run / 'config.json'}: is not that of a run; it names no dataset_home. Give what --logger-folder named.")
     if not (run / "best").is_dir():
         raise InputError(f"{run}: has no best/ yet; expected a run with at least one finished epoch.")
     return config

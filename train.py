@@ -8,6 +8,7 @@ normalises them on the way.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -72,7 +73,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     seed: int = 0
-    """Of the order, the augmentation and the new head's dropout."""
+    """Of the order, the augmentation and dropout, 0 to 2^63 - 1; the new head starts from the same numbers whatever the seed."""
     fraction: float = 1.0
     """Train on this share of the training clips: nested (a smaller share is part of a larger one) and the same for each class."""
     best_metric: Literal["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"] = "auroc"
@@ -88,6 +89,8 @@ class TrainConfig:
         for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size), ("log-every", self.log_every), ("micro-batch", self.micro_batch)):
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed}: expected 0 to 2^63 - 1.")
 
 
 @dataclass
@@ -120,6 +123,9 @@ def main() -> int:
     except KeyboardInterrupt:
         folder.stop("interrupted")
         raise
+    except Exception as error:
+        folder.stop(f"{type(error).__name__}: {error}")
+        raise
     finally:
         group.close()
     return 0
@@ -128,8 +134,10 @@ def main() -> int:
 def parse(args: list[str]) -> TrainConfig:
     """The configuration; `--config FILE` fills the defaults."""
     default = None
-    if "--config" in args[:-1]:
-        path = Path(args[args.index("--config") + 1])
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--config", type=Path)
+    path = pre.parse_known_args(args)[0].config
+    if path is not None:
         try:
             values = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -146,10 +154,15 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     if "train" not in splits:
         raise InputError(f"--dataset-home {home}: no split train; found {', '.join(splits)}.")
     kind = loader_for(home) if config.data.loader == "auto" else config.data.loader
-    sources = {split: open_source(home, split, kind) for split in splits if split != "test"}
+    sources = {split: open_source(home, split, kind) for split in splits}  # test, too: what is wrong with it shows before hours of training
+    if len({source.stored for source in sources.values()}) > 1:
+        shapes = ", ".join(f"{split} {source.stored}" for split, source in sources.items())
+        raise InputError(f"--dataset-home {home}: one data set has one shape; found {shapes}.")
     subset = fraction(sources["train"].facts, config.fraction)
     if config.positive is not None:
         check_name(sources["train"].class_names, config.positive, "--positive")
+        if len(sources["train"].class_names) > 2:
+            raise InputError(f"--positive {config.positive}: with {len(sources['train'].class_names)} classes every class counts. Leave it out.")
     identity = identify(config, sources, subset)
     state = _on_main(group, lambda: folder.look(identity, FREE))
     if state == "finished":
@@ -165,9 +178,11 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
         validate(run)
         _save(run)
     if "test" in splits:
-        test(run, open_source(home, "test", kind))
+        test(run, sources["test"])
     folder.finish()
-    run.loader.close()
+    for loader in (run.loader, run.val):
+        if loader is not None:
+            loader.close()
 
 
 def build(config: TrainConfig, group: Group, folder: RunFolder, sources: dict[str, ClipSource], subset: list[int], saved: dict[str, Any] | None) -> Training:
@@ -192,14 +207,15 @@ def build(config: TrainConfig, group: Group, folder: RunFolder, sources: dict[st
 
 
 def make_loader(config: TrainConfig, source: ClipSource, plan: Plan, spec: ClipSpec, group: Group, subset: list[int] | None = None) -> Loader:
-    threads = config.data.threads or default_threads(ranks().local_world_size)
+    threads = config.data.threads or default_threads()
     return Loader(source, plan, spec, group.device, threads, config.data.prefetch, subset, config.augment)
 
 
 def train_epoch(run: Training) -> None:
     """One pass over the training clips, logged every `log_every` steps."""
     config, plan = run.config, run.loader.plan
-    meter, total = Meter(), torch.zeros(2, device=run.group.device)  # of loss and clips since the last log line
+    meter, total = Meter(), torch.zeros(2, device=run.group.device)  # of losses and steps since the last log line
+    whole = torch.zeros(2, device=run.group.device)  # the same over the epoch
     batches = run.loader.training(run.epoch)
     run.wrapped.train()
     progress = tqdm(total=plan.steps_per_epoch, desc=f"epoch {run.epoch + 1}/{config.epochs}", unit="step", disable=None if run.group.is_main else True)
@@ -216,16 +232,18 @@ def train_epoch(run: Training) -> None:
         progress.update()
         if run.step % config.log_every == 0 or run.step % plan.steps_per_epoch == 0:
             loss_sum, num_steps = run.group.sum(total.tolist())
+            whole += total
             total.zero_()
             record = {"loss": loss_sum / num_steps, "lr": lr, "grad_norm": grad_norm.item(), **meter.report()}
             run.folder.log({"step": run.step, "epoch": run.epoch} | {f"train/{name}": value for name, value in record.items()})
             progress.set_postfix(loss=f"{record['loss']:.4f}", clips_per_s=f"{record.get('clips_per_s', 0):.1f}")
     progress.close()
     run.epoch += 1
-    speed = meter.report_epoch()
+    loss_sum, num_steps = run.group.sum(whole.tolist())
+    speed = {"loss": loss_sum / num_steps, **meter.report_epoch()}
     run.folder.log({"step": run.step, "epoch": run.epoch} | {f"epoch/{name}": value for name, value in speed.items()})
     logger.info(
-        f"epoch {run.epoch}/{config.epochs}: train loss {record['loss']:.4f}, {speed['clips_per_s']:.1f} clips/s, "
+        f"epoch {run.epoch}/{config.epochs}: train loss {speed['loss']:.4f}, {speed['clips_per_s']:.1f} clips/s, "
         f"data wait {speed['data_wait_percent']:.1f} % of the step"
     )
 
@@ -239,15 +257,22 @@ def validate(run: Training) -> None:
         metrics = measure(run.model, run.val, run.precision, run.group, run.config.positive)
         run.folder.log({"step": run.step, "epoch": run.epoch} | {f"val/{name}": metrics[name] for name in (*METRICS, "confusion")})
         logger.info("val: " + in_words(metrics))
+        if metrics["loss"] is None:
+            raise InputError(f"val: {'; '.join(metrics['notes'])} Take a lower --lr; best/ holds the best epoch before, if there was one.")
     value = metrics.get(run.config.best_metric)
     if value is None and run.val is not None:
-        logger.info(f"val: {run.config.best_metric} is undefined here ({'; '.join(metrics['notes'])}); this epoch is kept as the best")
+        logger.info(f"val: {run.config.best_metric} is undefined here ({'; '.join(metrics['notes'])}); the last epoch counts as the best until one has it")
     score = None if value is None else -value if run.config.best_metric == "loss" else value
-    if score is None or run.best is None or score > run.best:
+    if is_better(score, run.best):
         run.best = score
         if run.group.is_main:
             note = {"epoch": run.epoch, "seed": run.config.seed} | {f"val {name}": metrics[name] for name in METRICS if metrics.get(name) is not None}
             run.model.save(run.folder.path / "best", run.class_names, note)  # type: ignore[operator]  # every model of ours has it
+
+
+def is_better(score: float | None, best: float | None) -> bool:
+    """Whether an epoch takes the place of the best before it: of equal scores the earlier stays, any score beats none, and of none the last stays."""
+    return best is None or (score is not None and score > best)
 
 
 def test(run: Training, source: ClipSource) -> None:
@@ -317,7 +342,7 @@ def _micro_batch(model: nn.Module, plan: Plan, precision: Precision, group: Grou
     """All of a rank's step on a CPU; on a GPU the most clips whose step fits in its memory, the least over all ranks, found once."""
     if group.device.type != "cuda":
         return plan.rank_batch
-    if saved and plan.rank_batch % saved["micro_batch"] == 0:
+    if saved and saved["gpu"] == torch.cuda.get_device_name(group.device) and plan.rank_batch % saved["micro_batch"] == 0:
         return int(saved["micro_batch"])
     shape = model.spec.video_shape  # type: ignore[union-attr]  # a ClipSpec
     found = largest_micro_batch(lambda size: fits(model, shape, size, precision), plan.rank_batch)  # type: ignore[arg-type]  # likewise
@@ -333,6 +358,7 @@ def _save(run: Training) -> None:
         "epoch": run.epoch,
         "best": run.best,
         "micro_batch": run.loader.plan.micro_batch,
+        "gpu": torch.cuda.get_device_name(run.group.device) if run.group.device.type == "cuda" else None,  # a micro-batch holds for one kind
     }
     if run.group.is_main:
         checkpoint.save(run.folder.path, run.step, state)

@@ -69,7 +69,7 @@ def on_clips(config: LoaderBenchConfig, shards: Path, npz: Path | None) -> list[
     """The measurement itself, on shards and, where given, on the same clips as npz."""
     if npz is not None and loader_for(npz) != "npz":
         raise InputError(f"--dataset-home {npz}: expected npz snippets.")
-    threads = config.threads or default_threads(1)
+    threads = config.threads or default_threads()
     spec = ClipSpec(config.frames, config.size, config.size)
     homes = {"webdataset": shards} | ({"npz": npz} if npz else {})
     sources = {name: open_source(home, config.split) for name, home in homes.items()}

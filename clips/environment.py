@@ -34,6 +34,9 @@ def ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     if ("RANK" in environ) != ("WORLD_SIZE" in environ):
         there, missing = ("RANK", "WORLD_SIZE") if "RANK" in environ else ("WORLD_SIZE", "RANK")
         raise InputError(f"{there} is set but {missing} is not; expected both (torchrun sets them) or neither. Unset {there} or set {missing}.")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not environ.get(name, "0").isdecimal():
+            raise InputError(f"{name}={environ[name]}: expected a number, as torchrun sets it. Unset it or set it right.")
     if "RANK" in environ:
         return Ranks(
             rank=int(environ["RANK"]),
@@ -45,7 +48,7 @@ def ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
             master_port=int(environ.get("MASTER_PORT", 29500)),
         )
     if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
         tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
         return Ranks(
             rank=int(environ["SLURM_PROCID"]),
@@ -88,6 +91,11 @@ def job_array(environ: Mapping[str, str] = os.environ) -> Array | None:
 def in_job(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether SLURM started this process."""
     return "SLURM_JOB_ID" in environ
+
+
+def cpus_of_rank(place: Ranks) -> int:
+    """The cores that this rank may use: srun binds each task to its own, torchrun's processes share the node's."""
+    return max(1, allocated_cpus() // (place.local_world_size if place.launcher == "torchrun" else 1))
 
 
 def allocated_cpus() -> int:

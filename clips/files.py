@@ -62,7 +62,7 @@ def write_once(path: Path, blob: bytes) -> None:
         except FileExistsError:
             return
         except OSError:  # a file system without hard links
-            if not path.exists():
+            if not path.exists():  # not exclusive, but never half written: a kill in between leaves no empty file
                 temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Clips out of the unconverted folder: the baseline. Each load inflates a whole npz, 40-90 ms of a core."""
+"""Clips out of the unconverted folder: the baseline. Each load inflates a whole video, 20 to 25 ms of a core by isal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NpzSource:
         found = find(home)
         if split not in found.splits:
             raise InputError(f"--dataset-home {home}: no snippets in split {split}; there are some in {', '.join(found.splits)}.")
-        self._take(home, found.splits[split], found.classes)
+        self._take(home, found.splits[split], found.classes, ArrayNames(keypoints_mode="optional"))
 
     @classmethod
     def of_paths(cls, paths: Sequence[Path], class_names: tuple[str, ...]) -> NpzSource:
@@ -36,13 +36,16 @@ class NpzSource:
             if not below or not all(file.is_file() for file in below):
                 raise InputError(f"{path}: expected an npz file or a folder that holds some; found {'no npz in it' if path.is_dir() else 'nothing there'}.")
             files += below
+        for file in files:
+            if not str(file).isprintable():
+                raise InputError(f"{str(file)!r} is not a printable UTF-8 name. Rename the file.")
         snippets = [unlabelled(file) for file in dict.fromkeys(files)]
         source = cls.__new__(cls)
-        source._take(Path(), tuple(sorted(snippets, key=lambda snippet: snippet.key.encode())), class_names)
+        source._take(Path(), tuple(sorted(snippets, key=lambda snippet: snippet.key.encode())), class_names, WITHOUT_MASK)
         return source
 
-    def _take(self, home: Path, snippets: tuple[Snippet, ...], class_names: tuple[str, ...]) -> None:
-        self._names = ArrayNames(keypoints_mode="optional")
+    def _take(self, home: Path, snippets: tuple[Snippet, ...], class_names: tuple[str, ...], names: ArrayNames) -> None:
+        self._names = names
         spec, _, bad = check_headers(home, snippets, self._names)
         if bad:
             raise list_bad(bad, len(snippets), "Mend or move these files.")

@@ -5,7 +5,9 @@ Never mapped: a file cut short under a mapping ends the process, a short pread i
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import zlib
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from clips.format import IndexEntry, unpack_points
 from clips.manifest import read_index, read_manifest, tar_path
 
 from .source import ChooseFrames, Loaded
+
+SPARE_FILES = 512  # for everything else that a training opens
 
 
 class ShardSource:
@@ -31,12 +35,13 @@ class ShardSource:
         self._paths: list[Path] = []
         self._files: list[int] = []
         entries: list[tuple[IndexEntry, int]] = []
+        _allow_open_files(len(manifest.splits[split].shards))
         try:
             for shard in manifest.splits[split].shards:
                 index = read_index(home, split, shard)
                 self._open(tar_path(home, split, shard.name), shard.tar_bytes)
                 entries += [(entry, len(self._paths) - 1) for entry in index.clips]
-        except ClipError:
+        except BaseException:
             self.close()
             raise
         entries.sort(key=lambda pair: pair[0].facts.key.encode())
@@ -48,6 +53,8 @@ class ShardSource:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise InputError(f"{path}: too many open files; each shard stays open. Type: ulimit -n {len(self._paths) + SPARE_FILES}") from error
             raise ClipError(f"{path}: cannot be opened ({error.strerror}). Run python -m convert verify {path.parent.parent}.") from error
         self._paths.append(path)
         self._files.append(descriptor)
@@ -114,6 +121,14 @@ class ShardSource:
         for descriptor in self._files:
             os.close(descriptor)
         self._files.clear()
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's soft limit, 1024 on many systems, towards its hard one: a split may have more shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + count + SPARE_FILES
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def points_of_frames(points: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def splits_of(home: Path) -> list[str]:
         raise InputError(f"--dataset-home {home}: no such folder; expected shards (manifest.json) or {{train,val,test}}/CLASS/*.npz.")
     if is_packed(home):
         return [split for split in SPLITS if split in read_manifest(home).splits]
-    splits = [split for split in SPLITS if (home / split).is_dir()]
+    splits = [split for split in SPLITS if any((home / split).glob("*/*.npz")) or (home / split / "plan.json").is_file()]
     if any((home / split / "plan.json").is_file() for split in splits):
         raise InputError(f"--dataset-home {home}: shards without a manifest: packing has not ended. Run the same python -m convert pack again.")
     if not splits:

@@ -19,7 +19,7 @@ import torch
 import webdataset
 
 from clips.clip import ClipSpec
-from clips.environment import MAX_CPUS_OUTSIDE_A_JOB, allocated_cpus
+from clips.environment import cpus_of_rank, ranks
 from clips.errors import InputError
 from clips.registry import check_name
 
@@ -31,6 +31,7 @@ from .plan import Plan
 from .sample import AugmentConfig, View, frames_uniform, hflip_chance, random_view, training_draws, whole_view
 from .source import ClipSource
 
+MAX_THREADS = 8
 MakeRequest = Callable[[int], Request]  # from a clip's number in the source
 
 
@@ -56,9 +57,9 @@ class LoaderConfig:
             raise InputError(f"--prefetch {self.prefetch}: expected at least 1.")
 
 
-def default_threads(local_world_size: int) -> int:
-    """The cores that this rank may use, at most 8: ranks of a node that share their cores divide them."""
-    return max(1, min(MAX_CPUS_OUTSIDE_A_JOB, allocated_cpus() // local_world_size))
+def default_threads() -> int:
+    """The cores that this rank may use, at most 8: more than a GPU's worth of clips needs."""
+    return min(MAX_THREADS, cpus_of_rank(ranks()))
 
 
 class Loader:

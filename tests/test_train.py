@@ -24,6 +24,7 @@ from models import load_trained
 from tests.making import write_home
 from tests.making_models import FAMILIES, clips, plain_logits, plain_model, write_checkpoint
 from training.distributed import Group
+from training.evaluation import probabilities
 from training.run_folder import RunFolder
 
 COUNTS = {"train": {"nongesture": 7, "gesture": 6}, "val": {"nongesture": 3, "gesture": 2}, "test": {"nongesture": 2, "gesture": 3}}
@@ -161,10 +162,106 @@ def test_the_run_folder_explains_itself(finished: Path) -> None:
     assert {"val/loss", "val/accuracy", "val/balanced_accuracy", "val/f1", "val/auroc", "val/average_precision"} <= line.keys()
 
 
+@pytest.mark.parametrize(
+    ("score", "best", "replaces"), [(0.5, None, True), (0.6, 0.5, True), (0.5, 0.5, False), (0.4, 0.5, False), (None, 0.5, False), (None, None, True)]
+)
+def test_a_better_epoch_takes_the_place_of_the_best_and_of_equals_the_earlier_stays(score: float | None, best: float | None, replaces: bool) -> None:
+    assert train.is_better(score, best) is replaces
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("auroc", 1), ("loss", -1)])
+def test_best_is_the_epoch_with_the_best_val_metric(shards: Path, tmp_path: Path, metric: str, sign: int) -> None:
+    folder = run(shards, tmp_path / "run", "--epochs", "4", "--lr", "0.1", "--best-metric", metric)
+    values = [sign * line[f"val/{metric}"] for line in records(folder, "val/")]
+    assert f"epoch: {values.index(max(values)) + 1}\n" in (folder / "best" / "README.md").read_text() + "\n"
+
+
+def test_a_diverged_run_stops_keeps_its_best_and_says_why(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def diverges(*arguments: Any, **named: Any) -> np.ndarray:
+        calls.append(1)
+        scores = probabilities(*arguments, **named)
+        return scores if len(calls) == 1 else np.full_like(scores, np.nan)
+
+    monkeypatch.setattr(train, "probabilities", diverges)
+    folder = tmp_path / "run"
+    words = ["--dataset-home", shards, "--logger-folder", folder, "--epochs", "3", "--model-name", "videomae-tiny", "--batch-size", "4", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    assert command.run(train.main) == 2
+    assert "diverged" in json.loads((folder / "stopped.json").read_text())["reason"]
+    assert "epoch: 1" in (folder / "best" / "README.md").read_text() and not (folder / "done").exists()
+
+
+def test_an_interrupt_before_the_run_begins_leaves_no_folder_and_later_says_so(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--dataset-home", shards, "--logger-folder", tmp_path / "run", "--epochs", "1", "--model-name", "videomae-tiny", "--batch-size", "4"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as early:
+        early.setattr(train, "build", interrupted)
+        assert command.run(train.main) == 130
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as late:
+        late.setattr(train, "validate", interrupted)
+        assert command.run(train.main) == 130
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "interrupted"}
+    assert command.run(train.main) == 0
+    assert (tmp_path / "run" / "done").exists() and not (tmp_path / "run" / "stopped.json").exists()
+
+
+def test_a_run_killed_after_an_epoch_with_warm_up_and_cosine_ends_as_the_quiet_one(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--epochs", "3", "--sched", "cosine", "--warmup", "0.5")
+    quiet = run(shards, tmp_path / "quiet", *flags)
+    save, saves = train._save, []
+
+    def dies_after_the_first(training: train.Training) -> None:
+        save(training)
+        saves.append(1)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "_save", dies_after_the_first)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(shards, tmp_path / "killed", *flags)
+    killed = run(shards, tmp_path / "killed", *flags)
+    assert len(saves) == 1 and records(killed, "train/") == records(quiet, "train/") and records(killed, "val/") == records(quiet, "val/")
+    assert_same_weights(killed, quiet)
+    assert (killed / "best" / "README.md").read_text() == (quiet / "best" / "README.md").read_text()
+
+
+def test_the_epochs_loss_is_the_mean_over_its_steps(finished: Path) -> None:
+    lines = records(finished, "train/")
+    for epoch, line in enumerate(records(finished, "epoch/")):
+        steps = [one["train/loss"] for one in lines if one["epoch"] == epoch]
+        assert len(steps) == 3 and line["epoch/loss"] == pytest.approx(sum(steps) / 3, rel=1e-6)
+
+
+def test_a_fraction_trains_on_fewer_clips_and_positive_turns_the_metrics(shards: Path, finished: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run", "--fraction", "0.5", "--batch-size", "7", "--positive", "nongesture", "--epochs", "1")
+    assert records(folder, "train/")[-1]["step"] == 1  # four of seven and three of six clips
+    line, confusion = records(folder, "val/")[0], np.array(records(folder, "val/")[0]["val/confusion"])
+    assert line["val/f1"] == pytest.approx(2 * confusion[0, 0] / (confusion[0].sum() + confusion[:, 0].sum()))
+    stored = json.loads((folder / "config.json").read_text())["data"], json.loads((finished / "config.json").read_text())["data"]
+    assert stored[0]["train"] != stored[1]["train"] and stored[0]["val"] == stored[1]["val"] and stored[0]["test"] == stored[1]["test"]
+
+
+def test_what_is_wrong_with_test_shows_before_training(tmp_path: Path) -> None:
+    home = write_home(tmp_path, COUNTS, frames=17, height=72, width=72)
+    broken = next((home / "test" / "gesture").iterdir())
+    broken.write_bytes(broken.read_bytes()[:-40])
+    with pytest.raises(InputError, match="test/gesture"):
+        run(home, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_config_file_fills_the_defaults(shards: Path, finished: Path, tmp_path: Path) -> None:
     config = train.parse(["--config", str(finished / "config.json"), "--logger-folder", str(tmp_path), "--lr", "0.1"])
     assert (config.batch_size, config.model.model_name, config.schedule.lr, config.data.dataset_home) == (4, "videomae-tiny", 0.1, shards)
     assert config.logger_folder == tmp_path
+    assert train.parse([f"--config={finished / 'config.json'}", "--logger-folder", str(tmp_path)]).batch_size == 4
 
 
 def test_a_config_file_with_an_unknown_flag_offers_the_nearest(tmp_path: Path) -> None:

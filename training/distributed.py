@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from clips.environment import Ranks, allocated_cpus, ranks
+from clips.environment import Ranks, cpus_of_rank, ranks
 from clips.errors import InputError
 
 RENDEZVOUS_TIMEOUT_S = 45.0  # a wrong address must show itself in under a minute
@@ -85,7 +85,7 @@ def start(device: str = "auto", rendezvous_timeout_s: float = RENDEZVOUS_TIMEOUT
     chosen = choose_device(device, place.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    share_cores(chosen, place.local_world_size)
+    share_cores(chosen, cpus_of_rank(place))
     group = Group(place.rank, place.world_size, place.local_rank, chosen, place.launcher)
     if place.world_size > 1:
         connect(place, chosen, rendezvous_timeout_s)
@@ -102,16 +102,19 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError("--device cuda: no usable GPU here (torch.cuda.is_available() is false). Ask SLURM for one, or give --device cpu.")
-    return torch.device("cuda", min(local_rank, torch.cuda.device_count() - 1))
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise InputError(f"local rank {local_rank}: this node shows {visible} GPUs. Start one process for each GPU.")
+    return torch.device("cuda", min(local_rank, visible - 1))
 
 
-def share_cores(device: torch.device, local_world_size: int) -> None:
-    """On a CPU, half of the rank's cores for the model's arithmetic, the others for decoding.
+def share_cores(device: torch.device, cpus: int) -> None:
+    """On a CPU, half of the rank's `cpus` cores for the model's arithmetic: decoding works beside it.
 
     Measured on two busy cores: with a thread for each, beside two that decode, a tiny model trained at 10 to 40 clips/s, with one at 75 to 110.
     """
     if device.type == "cpu":
-        torch.set_num_threads(max(1, allocated_cpus() // (2 * local_world_size)))
+        torch.set_num_threads(max(1, cpus // 2))
 
 
 def connect(place: Ranks, device: torch.device, timeout_s: float) -> None:

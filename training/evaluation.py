@@ -63,4 +63,5 @@ def prediction_rows(facts: Sequence[ClipFacts], split: str, scores: np.ndarray) 
 def in_words(metrics: Mapping[str, Any]) -> str:  # Any: what `evaluate` gives
     """The metrics in one line, undefined ones left out and explained."""
     values = ", ".join(f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in METRICS if metrics[name] is not None)
-    return f"{values}, confusion {metrics['confusion']}" + "".join(f" ({note})" for note in metrics["notes"])
+    parts = [values] * bool(values) + [f"confusion {metrics['confusion']}"] * (metrics["confusion"] is not None)
+    return ", ".join(parts) + "".join(f" ({note})" for note in metrics["notes"])

@@ -84,6 +84,6 @@ def largest_micro_batch(fits: Callable[[int], bool], rank_batch: int) -> int:
             failing = middle
     if fitting < 0:
         raise InputError(
-            "--micro-batch: not even one clip fits into this device's memory. Use a smaller --geometry or model, gradient checkpointing, or a larger GPU."
+            "--micro-batch: not even one clip fits into this device's memory. Take a smaller model or a larger GPU."
         )
     return divisors[fitting]

@@ -33,6 +33,7 @@ class RunFolder:
     def __init__(self, path: Path, is_main: bool = True) -> None:
         self.path = path
         self.is_main = is_main
+        self._began = False
         self._purge_step: int | None = None
         self._board: SummaryWriter | None = None
 
@@ -63,6 +64,7 @@ class RunFolder:
         """From here on the folder says that it runs, with this configuration, on this machine."""
         if not self.is_main:
             return
+        self._began = True
         self._done.unlink(missing_ok=True)
         write_json(self.path / "config.json", as_read_back(config))  # first: from here on the folder is ours
         starts = self.path / "env.json"
@@ -105,8 +107,8 @@ class RunFolder:
             self._close_board()
 
     def stop(self, reason: str) -> None:
-        """Says why the run ended early; the next start removes it."""
-        if self.is_main:
+        """Says why the run ended early; the next start removes it. Before `begin` the folder is not this run's, and nothing is written."""
+        if self.is_main and self._began:
             write_json(self._stopped, {"reason": reason})
             self._close_board()
 

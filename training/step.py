@@ -51,14 +51,22 @@ def gradients(model: nn.Module, batches: Iterator[Labelled], num_batches: int, r
 
 
 def fits(model: nn.Module, clip_shape: tuple[int, ...], size: int, precision: Precision) -> bool:
-    """Whether forward and backward of `size` clips fit into the GPU's memory; leaves no gradients."""
+    """Whether a step of `size` clips fits into the GPU's memory, AdamW's two moments and a tenth to spare included; leaves no gradients."""
     try:
-        with precision.autocast():
-            loss = model(torch.zeros((size, *clip_shape), dtype=torch.uint8, device=precision.device)).float().sum()
-        loss.backward()
+        _try_step(model, (size, *clip_shape), precision)
     except torch.cuda.OutOfMemoryError:
         return False
     finally:
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     return True
+
+
+def _try_step(model: nn.Module, shape: tuple[int, ...], precision: Precision) -> None:
+    moments = [torch.zeros_like(parameter) for parameter in model.parameters() for _ in range(2)]
+    free_bytes = torch.cuda.mem_get_info(precision.device)[0]
+    spare = torch.empty(free_bytes // 10, dtype=torch.uint8, device=precision.device)  # for uploads, buckets and fragments
+    with precision.autocast():
+        loss = model(torch.zeros(shape, dtype=torch.uint8, device=precision.device)).float().sum()
+    loss.backward()
+    del moments, spare
