@@ -39,12 +39,12 @@ class PredictConfig:
     """The run's folder, as --logger-folder named it."""
     paths: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Unlabelled npz files, or folders with such at any depth; without them a split is taken."""
-    split: str = "test"
-    """The split to predict."""
+    split: str | None = None
+    """The split to predict; default: test."""
     dataset_home: Path | None = None
     """Shards or snippets; default: those that the run was trained on."""
     output: Path | None = None
-    """The CSV file; default for a split: RUN/predictions-SPLIT.csv."""
+    """The CSV file; default for a split: RUN/predictions-SPLIT.csv, for that of another home RUN/predictions-SPLIT-HOME.csv."""
     batch_size: int = 16
     """Clips at once."""
     threads: int | None = None
@@ -71,15 +71,17 @@ def main() -> int:
     batches = tqdm(loader.evaluation(), total=-(-len(source.facts) // config.batch_size), unit="batch", desc="predict", disable=None)
     scores = probabilities(model.to(group.device), batches, len(source.facts), Precision(config.precision, group.device), group)
     loader.close()
-    write_predictions(output, prediction_rows(source.facts, "" if config.paths else config.split, scores), class_names)
+    write_predictions(output, prediction_rows(source.facts, "" if config.paths else config.split or "test", scores), class_names)
     if not config.paths:
         metrics = evaluate([fact.label for fact in source.facts], scores, class_names, stored.get("positive"))
-        print(f"{config.split}: {in_words(metrics)}")
+        print(f"{config.split or 'test'}: {in_words(metrics)}")
     print(f"{len(source.facts)} clips -> {output}")
     return 0
 
 
 def _check(config: PredictConfig) -> None:
+    if config.paths and (config.split or config.dataset_home):
+        raise InputError("--split and --dataset-home: leave them out with paths, whose snippets are unlabelled.")
     if config.paths and config.output is None:
         raise InputError("--output: missing; name the CSV file that the probabilities of these paths go to.")
     if config.output is not None and (config.output.is_dir() or not config.output.absolute().parent.is_dir()):
@@ -94,7 +96,8 @@ def _run_config(run: Path) -> dict[str, Any]:  # Any: JSON values
     except (OSError, ValueError) as error:
         raise InputError(f"{run}: expected the folder of a run with config.json and best/ ({error}). Give what --logger-folder named.") from error
     if not isinstance(config, dict) or "dataset_home" not in config:
-        raise InputError(f"{run / 'config.json'}: is not that of a run; it names no dataset_home. Give what --logger-folder named.")
+        hint = " Give the folder above it." if run.resolve().name == "best" else ""
+        raise InputError(f"{run / 'config.json'}: is not that of a run; it names no dataset_home. Give what --logger-folder named.{hint}")
     if not (run / "best").is_dir():
         raise InputError(f"{run}: has no best/ yet; expected a run with at least one finished epoch.")
     return config
@@ -103,7 +106,7 @@ def _run_config(run: Path) -> dict[str, Any]:  # Any: JSON values
 def _split(config: PredictConfig, stored: dict[str, Any], class_names: tuple[str, ...]) -> ClipSource:
     """The split's clips; another home must have the run's classes in the run's order."""
     home = config.dataset_home or Path(stored["dataset_home"])
-    source = open_source(home, config.split)
+    source = open_source(home, config.split or "test")
     if source.class_names != class_names:
         raise InputError(f"--dataset-home {home}: classes {' '.join(source.class_names)}; the run tells {' '.join(class_names)}, in this order.")
     return source
@@ -111,9 +114,10 @@ def _split(config: PredictConfig, stored: dict[str, Any], class_names: tuple[str
 
 def _default_output(config: PredictConfig, stored: dict[str, Any]) -> Path:
     """In the run's folder; another home's predictions never take the place of the run's own."""
-    if config.dataset_home is None or config.dataset_home == Path(stored["dataset_home"]):
-        return config.run / f"predictions-{config.split}.csv"
-    return config.run / f"predictions-{config.split}-{config.dataset_home.resolve().name}.csv"
+    split = config.split or "test"
+    if config.dataset_home is None or config.dataset_home.resolve() == Path(stored["dataset_home"]).resolve():
+        return config.run / f"predictions-{split}.csv"
+    return config.run / f"predictions-{split}-{config.dataset_home.resolve().name}.csv"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from clips import command
@@ -43,7 +42,7 @@ from training.optimizer import OptimizerConfig, build_optimizer, set_lr
 from training.precision import Precision, largest_micro_batch
 from training.run_folder import RunFolder
 from training.schedule import ScheduleConfig, explain, lr_at
-from training.step import fits, gradients
+from training.step import fits, gradients, in_parallel
 
 logger = logging.getLogger("train")
 
@@ -143,7 +142,9 @@ def parse(args: list[str]) -> TrainConfig:
         except (OSError, ValueError) as error:
             raise InputError(f"--config {path}: not readable as JSON ({error}). Give the config.json of a run.") from error
         empty = TrainConfig(Path(), 1, LoaderConfig(Path()), ModelConfig("-"))
-        default = command.with_values(empty, {name: value for name, value in values.items() if name not in ("data", "class_names")}, str(path))
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if name not in ("data", "class_names")}
+        default = command.with_values(empty, values, str(path))
     return command.parse(TrainConfig, "train.py", "Fine-tunes a video transformer on packed clips.", args, default)
 
 
@@ -190,7 +191,7 @@ def build(config: TrainConfig, group: Group, folder: RunFolder, sources: dict[st
     class_names = sources["train"].class_names
     torch.manual_seed(config.seed)
     model = build_model(config.model, class_names).to(group.device)
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if group.world_size > 1 else model
+    wrapped = in_parallel(model) if group.world_size > 1 else model
     precision = Precision(config.precision, group.device)
     spec = model.spec
     assert isinstance(spec, ClipSpec)
@@ -301,6 +302,7 @@ def identify(config: TrainConfig, sources: dict[str, ClipSource], subset: list[i
     facts = {split: source.facts for split, source in sources.items()} | {"train": [sources["train"].facts[number] for number in subset]}
     data = {split: fingerprint([fact.key for fact in part], [fact.label for fact in part]) for split, part in facts.items()}
     flags = {name: value for name, value in command.flatten(config).items() if name != "config"}
+    flags["dataset_home"] = str(config.data.dataset_home.absolute())  # for predict, wherever it is started
     return {**flags, "data": data, "class_names": list(sources["train"].class_names)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -50,10 +51,15 @@ def flatten(config: Any) -> dict[str, Any]:  # Any: a dataclass of dataclasses, 
 
 def with_values(default: Any, values: Mapping[str, Any], origin: str) -> Any:  # Any: as above
     """The dataclass `default` with its fields, at any depth, replaced by `values` read from `origin`, which must all be flags."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{origin}: expected flags and their values, found {type(values).__name__}. Give the config.json of a run.")
     known = flatten(default)
     if unknown := sorted(set(values) - set(known)):
         raise InputError(f"{origin}: {', '.join(unknown)} are no flags of this command.{nearest(known, unknown[0])}")
-    return _replaced(default, values)
+    try:
+        return _replaced(default, values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{origin}: a value is of the wrong kind ({error}). Give the config.json of a run.") from error
 
 
 def _replaced(default: Any, values: Mapping[str, Any]) -> Any:  # Any: as above
@@ -71,6 +77,7 @@ def _replaced(default: Any, values: Mapping[str, Any]) -> Any:  # Any: as above
 
 def run(main: Callable[[], int | None]) -> int:
     """The exit code of `main`; what a user or a disk can cause is one line on stderr and exit code 2, an interrupt is 130."""
+    before = signal.signal(signal.SIGTERM, _terminate)  # scancel and time limits: end as an interrupt does, nothing half written
     try:
         return main() or 0
     except InputError as error:
@@ -86,6 +93,12 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command again continues", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def show_log(verbose: bool = True) -> None:

@@ -90,7 +90,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         packed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: missing; expected shards that were packed to the end. Run the same python -m convert pack again.") from None
+        advice = "Run the same python -m convert pack again, or, after packing in shares, python -m convert merge"
+        raise InputError(f"{path}: missing; expected shards that were packed to the end. {advice}.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}). Restore it, or remove it and pack again: only what is missing is done.") from error
     if not isinstance(packed, dict) or packed.get("format") != FORMAT_VERSION:

@@ -217,15 +217,22 @@ def _folders(folder: Path) -> list[str]:
 
 def _npz_below(folder: Path) -> list[tuple[str, int]]:
     entries = [entry for entry in os.scandir(folder) if entry.name.endswith(".npz") and not entry.name.startswith(".")]
+    return sorted((entry.name, _size(entry)) for entry in entries)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """0 for a link to nothing and the like: the check of its header then names it with all other bad files."""
     try:
-        return sorted((entry.name, entry.stat().st_size) for entry in entries)
-    except OSError as error:  # a link to nothing, a folder that may not be entered
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror or error}). Mend or remove it.") from error
+        return entry.stat().st_size
+    except OSError:
+        return 0
 
 
 def _glimpse(home: Path) -> str:
     names = sorted(entry.name for entry in os.scandir(home))
-    return (", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder"
+    inner = [name for name in names if any((home / name / split).is_dir() for split in SPLITS)]
+    hint = f"; did you mean {home / inner[0]}?" if len(inner) == 1 else ""
+    return ((", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder") + hint
 
 
 def from_listing(files: Iterable[tuple[str, int]], classes: Sequence[str], length_ms: int | None, source_pattern: str) -> tuple[Snippet, ...]:

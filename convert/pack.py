@@ -94,6 +94,8 @@ def pack(config: PackConfig) -> Manifest | None:
 
     Raises InputError; then shards that are whole stay, and nothing else does.
     """
+    if config.output.resolve() == config.dataset_home.resolve():
+        raise InputError(f"--output {config.output}: is the folder of the snippets. Name another one for the shards.")
     if is_packed(config.dataset_home):
         raise InputError(f"--dataset-home {config.dataset_home}: holds shards already; expected npz snippets.")
     task, tasks = share(config)
@@ -158,6 +160,8 @@ def _settle(config: PackConfig, home: source.Home) -> tuple[Manifest, Recipe, in
     if clash := sorted(set(kept) & {"frames", "json", "cls", "keypoints"} | {name for name in kept if not name.isidentifier()}):
         raise InputError(f"{home.path}: arrays named {', '.join(clash)} cannot be members of a shard. Rename them, or say --extras drop.")
     stored = stored_spec(spec, config.store_size)
+    if unmatched := sum(snippet.index is None for snippet in snippets):
+        logger.info(f"{unmatched} of {len(snippets)} file names do not match --source-pattern {config.source_pattern}: each counts as a source of its own")
     if home.settings is None:
         logger.info(f"the home's name {home.path.name} does not tell length and sample rate: begin and end in ms stay unknown")
     arrays: dict[str, str | list[str]] = {

@@ -23,6 +23,7 @@ from clips.snippets import key_of
 
 from .encode import sha256_of_array
 from .pool import count, in_processes
+from .verified import not_packed
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class UnpackConfig:
 def unpack(config: UnpackConfig) -> int:
     """Writes every clip's npz whose file is missing; 0. Raises InputError for shards that are not whole."""
     manifest = read_manifest(config.shards)
+    if config.output.resolve() == config.shards.resolve():
+        raise InputError(f"{config.output}: is the folder of the shards. Name another folder for the npz.")
     if unknown := sorted(set(config.splits) - set(manifest.splits)):
         raise InputError(f"--splits {' '.join(unknown)}: the shards hold {', '.join(manifest.splits)}.")
     wanted = {split: entry for split, entry in manifest.splits.items() if not config.splits or split in config.splits}
@@ -51,8 +54,11 @@ def unpack(config: UnpackConfig) -> int:
     total = sum(entry.num_clips for entry in wanted.values())
     written = sum(in_processes(_unpack_shard, jobs, config.workers or allocated_cpus(), total, "unpack"))
     lossless = make_codec(manifest.codec, manifest.codec_settings).lossless
-    exact = "every array has the sha256 that it had before packing" if lossless else "frames are as decoded from JPEG, not as they were; keypoints are exact"
-    print(f"{written} npz written, {total - written} were there: {exact}")
+    lossy = "frames are as decoded from JPEG, not as they were; other packed arrays are exact"
+    exact = "every packed array has the sha256 that it had before" if lossless else lossy
+    print(f"{written} npz written: {exact}{not_packed(manifest)}")
+    if written < total:
+        print(f"{total - written} were there and were not looked at; python -m convert verify {config.shards} --dataset-home {config.output} compares them")
     return 0
 
 

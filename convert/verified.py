@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clips.files import sha256_of, write_json
-from clips.manifest import MANIFEST
+from clips.manifest import MANIFEST, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -51,3 +51,12 @@ def read_verified(shards: Path) -> dict[str, Quality] | None:
 def quality(psnr_db: list[float]) -> Quality:
     finite = [value for value in psnr_db if value != float("inf")]
     return Quality(len(psnr_db), min(finite) if finite else None, sum(finite) / len(finite) if finite else None)
+
+
+def not_packed(manifest: Manifest) -> str:
+    """What of the npz the shards do not hold, to end a sentence; empty where they hold all."""
+    left_out = sum(len(split.bad) for split in manifest.splits.values())
+    names = [*manifest.arrays["dropped"]]
+    names += [f"{manifest.arrays['keypoints']}, where there was one"] if manifest.arrays["keypoints_mode"] == "none" else []
+    names += [f"{left_out} bad snippets"] if left_out else []
+    return f"; not packed: {', '.join(names)}" if names else ""

@@ -35,7 +35,7 @@ from .encode import dhash, num_constant, sha256_of_array, stored_frames, told_of
 from .merge import PLAN, index_fault, indexes, manifest_of, read_plan_file
 from .pool import count, in_processes
 from .sharding import SplitPlan
-from .verified import write_verified
+from .verified import not_packed, write_verified
 
 logger = logging.getLogger(__name__)
 
@@ -368,12 +368,7 @@ def _report_psnr(psnr_db: dict[str, float]) -> None:
 
 def _verdict(manifest: Manifest, psnr_db: dict[str, float], with_source: bool, lossless: bool) -> str:
     """Whether the npz may go; it names what was not packed."""
-    dropped = list(manifest.arrays["dropped"])
-    if manifest.arrays["keypoints_mode"] == "none":
-        dropped.append(f"{manifest.arrays['keypoints']}, where there was one")
-    left_out = sum(len(split.bad) for split in manifest.splits.values())
-    dropped += [f"{left_out} bad snippets"] if left_out else []
-    missing = f"; not packed: {', '.join(dropped)}" if dropped else ""
+    missing = not_packed(manifest)
     if not with_source:
         return f"whole: as packed{missing}. Whether it equals the npz: python -m convert verify --dataset-home"
     if lossless:

@@ -68,11 +68,12 @@ class FakeParallel(nn.Module):
         self.num_no_syncs, self.is_silent = 0, False
         self.silent_forwards: list[bool] = []
         self.silent_backwards: list[bool] = []
-        module.layers[1].bias.register_hook(lambda _: self.silent_backwards.append(self.is_silent))
+        next(module.parameters()).register_hook(lambda _: self.silent_backwards.append(self.is_silent))
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         self.silent_forwards.append(self.is_silent)
-        return self.module(video)
+        logits: torch.Tensor = self.module.__call__(video)
+        return logits
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

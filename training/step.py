@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from inspect import signature
 from typing import Protocol, cast
 
 import torch
@@ -48,6 +49,12 @@ def gradients(model: nn.Module, batches: Iterator[Labelled], num_batches: int, r
     if total is None:
         raise ValueError("a step of no micro-batches")
     return total
+
+
+def in_parallel(model: nn.Module) -> DistributedDataParallel:
+    """The model with gradients meant over the ranks. Its buffers are tables that never change: they are not sent before each forward."""
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})  # type: ignore[arg-type]  # torch 2.13 renamed the flag
 
 
 def fits(model: nn.Module, clip_shape: tuple[int, ...], size: int, precision: Precision) -> bool:
