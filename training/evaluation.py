@@ -64,4 +64,4 @@ def in_words(metrics: Mapping[str, Any]) -> str:  # Any: what `evaluate` gives
     """The metrics in one line, undefined ones left out and explained."""
     values = ", ".join(f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in METRICS if metrics[name] is not None)
     parts = [values] * bool(values) + [f"confusion {metrics['confusion']}"] * (metrics["confusion"] is not None)
-    return ", ".join(parts) + "".join(f" ({note})" for note in metrics["notes"])
+    return " ".join([", ".join(parts)] * bool(parts) + [f"({note})" for note in metrics["notes"]])
