@@ -19,6 +19,7 @@ from clips.errors import InputError
 Result = TypeVar("Result")
 POLL_S = 0.5
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+ENDING = {signal.SIGINT, signal.SIGTERM}  # a terminal's and a scheduler's: both reach all processes at once
 
 
 def in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], processes: int, total: int, verb: str) -> Iterator[Result]:
@@ -33,7 +34,7 @@ def in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], p
     executor = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=_start, initargs=(counter, os.getpid()))
     try:
         with executor, tqdm(total=total, unit="clips", desc=verb, smoothing=0.05) as progress:
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the processes start in here, with this mask
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the processes start in here, with this mask
             pending = {executor.submit(_interruptible, work, *job) for job in jobs}
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             try:
@@ -60,17 +61,18 @@ def count() -> None:
 
 def _interruptible(work: Callable[..., Result], *job: Any) -> Result:
     """The job's result. An interrupt ends a job, which cleans up; between jobs it waits: there it would be a traceback for each process."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     try:
         return work(*job)
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
 
 def _start(counter: Synchronized[int], parent: int) -> None:
     global _counter
     _counter = counter
     if os.getpid() != parent:  # tests run the workers as threads
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed main process leaves nobody behind
         if os.getppid() != parent:
             os._exit(1)

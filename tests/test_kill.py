@@ -159,15 +159,16 @@ def test_a_killed_worker_is_one_clear_line(quiet: tuple[Path, dict[str, bytes]],
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_one_line_and_leaves_neither_claim_nor_temporary_file(
-    quiet: tuple[Path, dict[str, bytes]], tmp_path: Path, running: list[subprocess.Popen[str]]
+    quiet: tuple[Path, dict[str, bytes]], tmp_path: Path, running: list[subprocess.Popen[str]], ending: signal.Signals
 ) -> None:
     home, expected = quiet
     output = tmp_path / "out"
     process = start(home, output, subprocess.PIPE)
     running.append(process)
     wait_for(lambda: num_shards(output) > 2, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everyone in the group
+    os.killpg(process.pid, ending)  # as a terminal and scancel do: to everyone
     _, errors = process.communicate(timeout=LONG_ENOUGH_S)
     assert process.returncode == 130 and errors.endswith("interrupted; the same command again continues\n")
     assert "Traceback" not in errors, errors
