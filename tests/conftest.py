@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from convert.pack import PackConfig
+from tests import packing as packing_helpers
+from tests.making import write_home
+from tests.verifying import Check, checker, copy_to_damage, pack_both
+
 GOLDEN = Path(__file__).parent / "golden"
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_")
 RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
@@ -45,3 +50,36 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8"), f"tests/golden/{name} differs. If the change is meant, run make golden and commit its diff."
 
     return compare
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    packing_helpers.use_threads(monkeypatch)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Ten snippets in two splits, every third with a padded tail."""
+    return write_home(tmp_path, packing_helpers.COUNTS, padded_every=3)
+
+
+@pytest.fixture
+def packing(home: Path, tmp_path: Path, in_threads: None) -> PackConfig:
+    """How to pack them bit-exact into several shards."""
+    return PackConfig(home, tmp_path / "out", codec="zstd", shard_mib=packing_helpers.SMALL, workers=2)
+
+
+@pytest.fixture(scope="session")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_both(tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture
+def packed(packed_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Shards of both codecs and their home, a copy to damage."""
+    return copy_to_damage(packed_once, tmp_path / "here", monkeypatch)
+
+
+@pytest.fixture
+def check(packed: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Check:
+    return checker(packed, capsys, caplog)

@@ -19,6 +19,9 @@ from clips.errors import InputError
 from clips.manifest import Manifest
 from convert.pack import PackConfig, pack
 
+COUNTS = {"train": {"nongesture": 5, "gesture": 3}, "val": {"nongesture": 1, "gesture": 1}}
+SMALL = 0.06  # MiB: a shard of 8x32x32 holds two clips as zstd and four as jpeg
+
 
 class InThreads(ThreadPoolExecutor):
     """Stands in for ProcessPoolExecutor: a worker process takes half a second to start."""

@@ -21,26 +21,7 @@ from clips.codecs import CODECS, make_codec
 from clips.format import unpack_index
 from convert.pack import PackConfig, pack
 from tests.making import tell_tale_mask, tell_tale_video, write_home
-from tests.packing import mask_by_hand, members_of, pack_all, refused, rewrite, snippets_of, source_of, use_threads, zstd_video
-
-COUNTS = {"train": {"nongesture": 5, "gesture": 3}, "val": {"nongesture": 1, "gesture": 1}}
-SMALL = 0.06  # MiB: a shard of 8x32x32 holds two clips as zstd and four as jpeg
-
-
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_threads(monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return write_home(tmp_path, COUNTS, padded_every=3)
-
-
-@pytest.fixture
-def packing(home: Path, tmp_path: Path, in_threads: None) -> PackConfig:
-    return PackConfig(home, tmp_path / "out", codec="zstd", shard_mib=SMALL, workers=2)
-
+from tests.packing import mask_by_hand, members_of, pack_all, refused, rewrite, snippets_of, source_of, zstd_video
 
 # --- what is in the shards
 

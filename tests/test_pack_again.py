@@ -17,26 +17,7 @@ from clips.errors import InputError
 from clips.files import whole_file
 from clips.manifest import read_manifest
 from convert.pack import PackConfig, pack
-from tests.making import write_home
-from tests.packing import convert, pack_all, rewrite, snippets_of, tree, use_threads
-
-COUNTS = {"train": {"nongesture": 5, "gesture": 3}, "val": {"nongesture": 1, "gesture": 1}}
-SMALL = 0.06  # MiB: a shard of 8x32x32 holds two clips as zstd and four as jpeg
-
-
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_threads(monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return write_home(tmp_path, COUNTS, padded_every=3)
-
-
-@pytest.fixture
-def packing(home: Path, tmp_path: Path, in_threads: None) -> PackConfig:
-    return PackConfig(home, tmp_path / "out", codec="zstd", shard_mib=SMALL, workers=2)
+from tests.packing import SMALL, convert, pack_all, rewrite, snippets_of, tree
 
 
 def test_one_worker_and_two_make_the_same_bytes(home: Path, tmp_path: Path) -> None:

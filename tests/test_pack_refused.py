@@ -15,26 +15,8 @@ from clips import command
 from clips.errors import InputError
 from convert.pack import PackConfig, pack
 from convert.writer import write_shard
-from tests.making import tell_tale_mask, tell_tale_video, write_home
-from tests.packing import convert, not_half_written, refused, rewrite, snippets_of, tree, use_threads
-
-COUNTS = {"train": {"nongesture": 5, "gesture": 3}, "val": {"nongesture": 1, "gesture": 1}}
-SMALL = 0.06  # MiB: a shard of 8x32x32 holds two clips as zstd and four as jpeg
-
-
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_threads(monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return write_home(tmp_path, COUNTS, padded_every=3)
-
-
-@pytest.fixture
-def packing(home: Path, tmp_path: Path, in_threads: None) -> PackConfig:
-    return PackConfig(home, tmp_path / "out", codec="zstd", shard_mib=SMALL, workers=2)
+from tests.making import tell_tale_mask, tell_tale_video
+from tests.packing import convert, not_half_written, refused, rewrite, snippets_of, tree
 
 
 def test_bad_flags_are_named_before_anything_is_read(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.making import write_home
 from tests.making_models import FAMILIES, clips, plain_logits, plain_model, write_checkpoint
 from training.distributed import Group
 from training.evaluation import probabilities
+from training.precision import Precision
 from training.run_folder import RunFolder
 
 COUNTS = {"train": {"nongesture": 7, "gesture": 6}, "val": {"nongesture": 3, "gesture": 2}, "test": {"nongesture": 2, "gesture": 3}}
@@ -230,6 +231,26 @@ def test_a_run_killed_after_an_epoch_with_warm_up_and_cosine_ends_as_the_quiet_o
     assert len(saves) == 1 and records(killed, "train/") == records(quiet, "train/") and records(killed, "val/") == records(quiet, "val/")
     assert_same_weights(killed, quiet)
     assert (killed / "best" / "README.md").read_text() == (quiet / "best" / "README.md").read_text()
+
+
+def test_the_speed_counts_every_clip_of_a_step(finished: Path) -> None:
+    for line in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines()):
+        for prefix in ("train", "epoch"):
+            if f"{prefix}/clips_per_s" in line:
+                assert line[f"{prefix}/clips_per_s"] * line[f"{prefix}/step_ms"] / 1000 == pytest.approx(4)  # --batch-size
+
+
+def test_clip_grad_reaches_the_step(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = Precision.step
+
+    def watched(self: Precision, optimizer: Any, parameters: Any, clip_grad: float) -> torch.Tensor:
+        seen.append(clip_grad)
+        return step(self, optimizer, parameters, clip_grad)
+
+    monkeypatch.setattr(Precision, "step", watched)
+    run(shards, tmp_path / "run", "--clip-grad", "0.25", "--epochs", "1")
+    assert seen == [0.25] * 3
 
 
 def test_the_epochs_loss_is_the_mean_over_its_steps(finished: Path) -> None:

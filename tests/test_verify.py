@@ -17,23 +17,7 @@ from convert.pack import PackConfig, pack
 from convert.verify import VerifyConfig, psnr_db, verify
 from tests.making import write_home
 from tests.packing import rewrite, snippets_of, use_threads
-from tests.verifying import Check, assert_finds, checker, copy_to_damage, home_of, pack_both
-
-
-@pytest.fixture(scope="module")
-def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_both(tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture
-def packed(packed_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return copy_to_damage(packed_once, tmp_path / "here", monkeypatch)
-
-
-@pytest.fixture
-def check(packed: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Check:
-    return checker(packed, capsys, caplog)
-
+from tests.verifying import Check, assert_finds, home_of
 
 # --- clean
 

@@ -16,22 +16,7 @@ from clips.format import IndexEntry, ShardIndex, pack_json, pack_points
 from tests.forging import Change, Forged, first, forge, forge_index, make_json_right, member, put, with_field, with_frames
 from tests.making import tell_tale_mask, tell_tale_video
 from tests.packing import tree
-from tests.verifying import Check, assert_finds, checker, copy_to_damage, pack_both
-
-
-@pytest.fixture(scope="module")
-def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_both(tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture
-def packed(packed_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return copy_to_damage(packed_once, tmp_path / "here", monkeypatch)
-
-
-@pytest.fixture
-def check(packed: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Check:
-    return checker(packed, capsys, caplog)
+from tests.verifying import Check, assert_finds
 
 
 @pytest.mark.parametrize(
