@@ -25,12 +25,16 @@ BEAT_S = 10.0
 STALE_S = 60.0  # six beats: a file server that hangs for half a minute loses nobody's claim
 
 
+class HeldError(InputError):
+    """Another process holds the claim and may be alive."""
+
+
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Holds `path` while the block runs; InputError while another run's heartbeat is younger than 60 s."""
+def claimed(path: Path, does: str = "packs this share") -> Iterator[None]:
+    """Holds `path` while the block runs; HeldError, which says what the holder `does`, while its heartbeat is younger than 60 s."""
     mine = json.dumps(_myself() | {"nonce": secrets.token_hex(8)})
     while not _take(path, mine):
-        _refuse_or_remove(path)
+        _refuse_or_remove(path, does)
     stop = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, stop), name="heartbeat", daemon=True)
     beating.start()
@@ -83,15 +87,15 @@ def _may_live(holder: dict[str, str | int], silent_s: float) -> bool:
     return silent_s < STALE_S and not _is_dead(holder)
 
 
-def _refuse_or_remove(path: Path) -> None:
+def _refuse_or_remove(path: Path, does: str) -> None:
     """Raises while the holder may be alive; removes the claim of one that is not."""
     found = _holder(path)
     if found is None:
         return
     holder, silent_s = found
     if _may_live(holder, silent_s):
-        raise InputError(
-            f"{path}: process {holder.get('pid')} on {holder.get('host')} packs this share, its heartbeat is {max(0, silent_s):.0f} s old. "
+        raise HeldError(
+            f"{path}: process {holder.get('pid')} on {holder.get('host')} {does}, its heartbeat is {max(0, silent_s):.0f} s old. "
             f"Wait for it; if it is dead, wait until the heartbeat is {STALE_S:.0f} s old."
         )
     logger.info(f"taking over from process {holder.get('pid')} on {holder.get('host')}, whose heartbeat stopped")
