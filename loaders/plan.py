@@ -1,19 +1,32 @@
-"""The order of clips: pure functions of (seed, epoch, count, batch, ranks). Nothing of storage enters here."""
+"""The order of clips: pure functions of (seed, epoch, count, labels, batch, ranks). Nothing of storage enters here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from clips.errors import InputError
+from clips.format import ClipFacts
 from clips.mix import permutation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A rank's micro-batch: its clips' numbers, and each one's place in the order of all ranks. Both int64 (n,)."""
+
+    numbers: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single answer to ==
 class Plan:
-    """One split's order. `batch_size` is the clips of one optimiser step over all ranks; `micro_batch` what a rank sees at once."""
+    """One split's order. `batch_size` is the clips of one optimiser step over all ranks; `micro_batch` what a rank sees at once.
+
+    With `labels`, int (num_clips,) of 0 … K−1, training is balanced: an epoch holds as many clips of every class as the smallest one has.
+    """
 
     num_clips: int
     batch_size: int
@@ -21,6 +34,7 @@ class Plan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    labels: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.num_clips < 1:
@@ -32,6 +46,10 @@ class Plan:
                 f"--micro-batch {self.micro_batch}: expected a divisor of the {self.rank_batch} clips of a rank's step "
                 f"(--batch-size {self.batch_size} over {self.world_size} ranks)."
             )
+        if self.labels is not None and self.labels.shape != (self.num_clips,):
+            raise ValueError(f"labels of shape {self.labels.shape} for {self.num_clips} clips")
+        if min(self._class_clips, default=1) == 0:
+            raise InputError(f"--balance: no clip has label {self._class_clips.index(0)}; expected some of every class. Leave --balance out.")
 
     @property
     def rank_batch(self) -> int:
@@ -41,30 +59,74 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         """Full global batches alone: every rank has the same number."""
-        return self.num_clips // self.batch_size
+        return self.epoch_clips // self.batch_size
+
+    @property
+    def epoch_clips(self) -> int:
+        """The clips of an epoch's order, with those that its last full batch leaves out: all, or as many of each class as the smallest has."""
+        return len(self._class_clips) * min(self._class_clips) if self._class_clips else self.num_clips
+
+    @cached_property
+    def _class_clips(self) -> tuple[int, ...]:
+        """The clips of each class; empty without balance."""
+        return () if self.labels is None else tuple(np.bincount(self.labels).tolist())
 
     def order(self, epoch: int) -> np.ndarray:
-        """int64 (num_clips,): the epoch's order of clips; those after the last full batch are left out, others each epoch."""
-        return permutation(self.num_clips, "order", self.seed, epoch)
+        """int64 (epoch_clips,): the epoch's order of clips; those after the last full batch are left out, others each epoch."""
+        chosen = None if self.labels is None else self._balanced(epoch)
+        order = permutation(self.epoch_clips, "order", self.seed, epoch)
+        return order if chosen is None else chosen[order]
 
-    def training(self, epoch: int, consumed: int = 0) -> Iterator[np.ndarray]:
-        """This rank's micro-batches of an epoch, from the position `consumed` (clips of finished steps) on."""
+    def _balanced(self, epoch: int) -> np.ndarray:
+        """int64 (epoch_clips,): the epoch's clips, class by class.
+
+        A class goes through its clips in cycles, each a shuffle of its own; a cycle is cut into as many whole stretches as it has room for, and an epoch
+        takes one. So no clip comes twice in an epoch, nor again before every stretch has had its turn; what is left over differs from cycle to cycle.
+        """
+        taken = min(self._class_clips)
+        chosen = np.empty(self.epoch_clips, np.int64)
+        for label, count in enumerate(self._class_clips):
+            cycle, stretch = divmod(epoch, count // taken)
+            shuffled = permutation(count, "balance", self.seed, label, cycle)[stretch * taken : (stretch + 1) * taken]
+            chosen[label * taken : (label + 1) * taken] = np.flatnonzero(self.labels == label)[shuffled]
+        return chosen
+
+    def check_epoch(self) -> None:
+        """Raises InputError where an epoch has no full batch."""
         if self.steps_per_epoch == 0:
+            holder = "the split" if self.labels is None else "an epoch of balanced classes"
             raise InputError(
-                f"--batch-size {self.batch_size}: larger than the split, which holds {self.num_clips} clips. "
-                f"Expected at most {self.num_clips - self.num_clips % self.world_size}."
+                f"--batch-size {self.batch_size}: larger than {holder}, which holds {self.epoch_clips} clips. "
+                f"Expected at most {self.epoch_clips - self.epoch_clips % self.world_size}."
             )
+
+    def training(self, epoch: int, consumed: int = 0) -> Iterator[Part]:
+        """This rank's micro-batches of an epoch, from the position `consumed` (clips of finished steps) on."""
+        self.check_epoch()
         if consumed % self.batch_size:
             raise ValueError(f"position {consumed} is not a whole number of steps of {self.batch_size} clips")
         order = self.order(epoch)
         for step in range(consumed // self.batch_size, self.steps_per_epoch):
             begin = step * self.batch_size + self.rank * self.rank_batch
             for offset in range(0, self.rank_batch, self.micro_batch):
-                yield order[begin + offset : begin + offset + self.micro_batch]
+                positions = np.arange(begin + offset, begin + offset + self.micro_batch)
+                yield Part(order[positions], positions)
 
-    def evaluation(self) -> Iterator[np.ndarray]:
-        """This rank's batches of one pass in which each clip comes exactly once over all ranks; the last may be short or absent."""
-        numbers = np.arange(self.num_clips)
+    def evaluation(self) -> Iterator[Part]:
+        """This rank's batches of one pass in which each clip comes exactly once over all ranks; the last may be short or absent.
+
+        Clips come by their numbers, so these are the positions, too.
+        """
         begin, end = (self.num_clips * r // self.world_size for r in (self.rank, self.rank + 1))
         for start in range(begin, end, self.micro_batch):
-            yield numbers[start : min(start + self.micro_batch, end)]
+            numbers = np.arange(start, min(start + self.micro_batch, end))
+            yield Part(numbers, numbers)
+
+
+def balanced_labels(facts: Sequence[ClipFacts], class_names: Sequence[str] = ()) -> np.ndarray:
+    """int64 (num_clips,): the labels that make a plan balanced; InputError naming the classes that have no clip."""
+    labels = np.fromiter((fact.label for fact in facts), np.int64, len(facts))
+    counts = np.bincount(labels, minlength=len(class_names))
+    if missing := [name for name, count in zip(class_names, counts, strict=False) if not count]:
+        raise InputError(f"--balance: no clips of {', '.join(missing)}; expected some of every class. Leave --balance out.")
+    return labels

@@ -58,12 +58,16 @@ def frames_uniform(num_frames: int, frames_valid: int, draws: np.ndarray | None)
     """int64 (num_frames,), not descending: one frame of each of `num_frames` equal segments of the valid frames.
 
     With `draws` in [0, 1) (num_frames,) a random one, without the middle one: TSN's sampling (Wang et al. 2016), as in
-    VideoMAE's and TimeSformer's Something-Something recipes. Fewer valid frames than asked are repeated in order.
+    VideoMAE's and TimeSformer's Something-Something recipes. Where there are fewer valid frames than asked, a segment is
+    shorter than a frame and takes the one that it ends in: each comes equally often or once more, those with one more are
+    spread evenly, and the last is among them. So 39 frames become 40 by repeating the last.
     """
+    if num_frames > frames_valid:
+        return (np.arange(1, num_frames + 1) * frames_valid - 1) // num_frames
     borders = np.arange(num_frames + 1) * frames_valid // num_frames
-    begin, length = borders[:-1], np.maximum(np.diff(borders), 1)
+    begin, length = borders[:-1], np.diff(borders)
     inside = length // 2 if draws is None else np.floor(draws * length).astype(np.int64)
-    return np.minimum(begin + inside, frames_valid - 1)
+    return begin + inside
 
 
 def training_draws(num_frames: int, seed: int, epoch: int, key: str, repeat: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -39,7 +39,9 @@ def uniforms(count: int, *seed: int | str) -> list[float]:
 
 
 def frames(num_frames: int, frames_valid: int, draws: Sequence[float] | None) -> list[int]:
-    """One frame of each of the equal segments of the valid frames."""
+    """One frame of each of the equal segments of the valid frames; too few are repeated in order, the last one first of all."""
+    if num_frames > frames_valid:
+        return [math.ceil((place + 1) * frames_valid / num_frames) - 1 for place in range(num_frames)]
     chosen = []
     for place in range(num_frames):
         begin, end = place * frames_valid // num_frames, (place + 1) * frames_valid // num_frames

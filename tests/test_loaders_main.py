@@ -1,4 +1,4 @@
-"""python -m loaders order: the lines that it prints are what each rank will read."""
+"""python -m loaders: the lines that order prints are what each rank will read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from clips.errors import InputError
-from loaders.__main__ import OrderConfig, order_lines
+from loaders.order import OrderConfig, order_lines
+from loaders.source import fraction, open_source
 from tests import by_hand
 from tests.loading import MANY_SHARDS_MIB, SEED, keys_in, keys_of, npz_home, opened, shards
 
@@ -27,8 +28,8 @@ def npz(base: Path) -> Path:
     return npz_home(base)
 
 
-def lines_of(home: Path, **flags: int) -> list[dict[str, object]]:
-    config = OrderConfig("order", home, seed=SEED, **flags)  # type: ignore[arg-type]  # all of these fields are numbers
+def lines_of(home: Path, **flags: float) -> list[dict[str, object]]:
+    config = OrderConfig(home, seed=SEED, **flags)  # type: ignore[arg-type]  # all of these fields are numbers
     return [json.loads(line) for line in order_lines(config)]
 
 
@@ -51,9 +52,27 @@ def test_a_training_reads_what_was_printed(npz: Path) -> None:
             assert keys_in(made.training(1)) == [key for line in printed if line["rank"] == rank for key in line["keys"]]  # type: ignore[attr-defined]
 
 
+def test_a_fraction_has_the_order_of_its_own_clips(npz: Path) -> None:
+    facts = open_source(npz, "train").facts
+    chosen = [facts[number].key for number in fraction(facts, 0.5)]
+    assert 0 < len(chosen) < 21
+    order = [chosen[number] for number in by_hand.permutation(len(chosen), "order", SEED, 0)]
+    assert [key for line in lines_of(npz, batch_size=2, fraction=0.5) for key in line["keys"]] == order[: len(order) // 2 * 2]  # type: ignore[attr-defined]
+
+
+def test_a_balanced_epoch_has_as_many_clips_of_each_class(npz: Path) -> None:
+    for epoch in range(3):
+        printed = [key for line in lines_of(npz, batch_size=2, epoch=epoch, balance=True) for key in line["keys"]]  # type: ignore[attr-defined]
+        assert len(set(printed)) == len(printed) == 18
+        assert sum(key.startswith("train/gesture/") for key in printed) == 9
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
+        ({"batch_size": 20, "balance": True}, "--batch-size 20: larger than an epoch of balanced classes, which holds 18 clips"),
+        ({"batch_size": 24, "world_size": 4}, r"which holds 21 clips\. Expected at most 20"),
+        ({"fraction": 0.0}, "--fraction 0.0"),
         ({"batch_size": 22}, "--batch-size 22: larger than the split, which holds 21 clips"),
         ({"batch_size": 4, "world_size": 3}, "--batch-size 4: expected a multiple of the 3 ranks"),
         ({"batch_size": 0}, "--batch-size 0"),
@@ -61,7 +80,7 @@ def test_a_training_reads_what_was_printed(npz: Path) -> None:
         ({"epoch": -1}, "--epoch -1"),
     ],
 )
-def test_what_training_would_refuse_is_refused(npz: Path, flags: dict[str, int], text: str) -> None:
+def test_what_training_would_refuse_is_refused(npz: Path, flags: dict[str, float], text: str) -> None:
     with pytest.raises(InputError, match=text):
         lines_of(npz, **flags)
 
@@ -79,6 +98,12 @@ def test_the_command_prints_one_json_line_a_step_and_rank(npz: Path) -> None:
     assert len({key for line in lines for key in line["keys"]}) == 6
 
 
+def test_the_verbs_are_told() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in ("order", "stage", "certify"))
+
+
 def test_a_wrong_home_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = command("order", "--dataset-home", str(tmp_path / "nowhere"))
     assert (done.returncode, done.stdout) == (2, "")
@@ -88,7 +113,7 @@ def test_a_wrong_home_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_the_order_is_told_without_torch(base: Path) -> None:
     home = shards(base, "zstd", MANY_SHARDS_MIB)
     program = (
-        "import sys; from pathlib import Path; from loaders.__main__ import OrderConfig, order_lines; "
-        f"list(order_lines(OrderConfig('order', Path({str(home)!r}), batch_size=4))); sys.exit('torch' in sys.modules)"
+        "import sys; from pathlib import Path; from loaders.order import OrderConfig, order_lines; "
+        f"list(order_lines(OrderConfig(Path({str(home)!r}), batch_size=4))); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0

@@ -39,7 +39,12 @@ NUM_VIEWS = 2000
         (4, 4, [0, 1, 2, 3]),
         (1, 39, [19]),
         (1, 1, [0]),
-        (8, 3, [0, 0, 0, 1, 1, 1, 2, 2]),
+        (39, 39, list(range(39))),
+        (40, 39, [*range(39), 38]),
+        (8, 3, [0, 0, 1, 1, 1, 2, 2, 2]),
+        (8, 4, [0, 0, 1, 1, 2, 2, 3, 3]),
+        (9, 4, [0, 0, 1, 1, 2, 2, 3, 3, 3]),
+        (10, 8, [0, 1, 2, 3, 3, 4, 5, 6, 7, 7]),
         (4, 1, [0, 0, 0, 0]),
     ],
 )
@@ -54,7 +59,8 @@ def test_evaluation_takes_the_middle_of_each_segment_and_repeats_in_order_where_
 def test_chosen_frames_are_valid_in_order_and_one_of_each_segment(num_frames: int, frames_valid: int, data: st.DataObject) -> None:
     draws = data.draw(st.none() | st.lists(draws_below_one, min_size=num_frames, max_size=num_frames))
     chosen = frames_uniform(num_frames, frames_valid, None if draws is None else np.array(draws)).tolist()
-    assert chosen == by_hand.frames(num_frames, frames_valid, draws)
+    if num_frames <= frames_valid:
+        assert chosen == by_hand.frames(num_frames, frames_valid, draws)
     assert chosen == sorted(chosen) and chosen[0] >= 0 and chosen[-1] < frames_valid
     if num_frames >= frames_valid:
         assert set(chosen) == set(range(frames_valid))
@@ -62,6 +68,19 @@ def test_chosen_frames_are_valid_in_order_and_one_of_each_segment(num_frames: in
         assert len(set(chosen)) == num_frames
     for place, frame in enumerate(chosen):
         assert place * frames_valid / num_frames - 1 < frame < max(place + 1, (place + 1) * frames_valid / num_frames)
+
+
+@often
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_too_few_frames_are_repeated_evenly_and_the_last_first_of_all(frames_valid: int, more: int) -> None:
+    num_frames = frames_valid + more
+    chosen = frames_uniform(num_frames, frames_valid, None).tolist()
+    assert chosen == frames_uniform(num_frames, frames_valid, np.full(num_frames, 0.9)).tolist()
+    stretches = [(frame * num_frames // frames_valid, (frame + 1) * num_frames // frames_valid) for frame in range(frames_valid)]
+    assert chosen == [frame for frame, (begin, end) in enumerate(stretches) for _ in range(begin, end)]
+    times = np.bincount(chosen)
+    assert set(times) <= {num_frames // frames_valid, num_frames // frames_valid + 1}
+    assert times[-1] == -(-num_frames // frames_valid)
 
 
 @pytest.mark.parametrize(("draw", "expected"), [(0.0, [0, 4, 9, 14, 19, 24, 29, 34]), (1 - 2**-53, [3, 8, 13, 18, 23, 28, 33, 38])])
