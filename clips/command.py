@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from .environment import ranks
 from .errors import InputError
 from .registry import nearest
 
@@ -26,6 +27,7 @@ def parse(config: Any, prog: str, description: str, args: Sequence[str] | None =
         description=description,
         args=args,
         default=default if default is not None else tyro.MISSING_NONPROP,
+        console_outputs=ranks().rank == 0,
         config=(tyro.conf.OmitArgPrefixes,),
     )
 

@@ -1,28 +1,35 @@
 """The processes of one training and what they tell each other: one process for each GPU, or plain processes on a CPU.
 
-    start() -> Group: gather_objects, sum, broadcast_object, barrier -> close()
+    with meet() as others: start(device, others) -> Group: gather_objects, sum, broadcast_object, barrier -> close()
 
+`meet` finds the ranks; from there to the end of its block, when one rank fails or dies, all end (together.py).
 Small things (objects, sums of metrics) go over gloo on the CPU, so they never wait for the GPU; gradients go over NCCL where there are GPUs.
 """
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from clips.environment import Ranks, cpus_of_rank, ranks
 from clips.errors import InputError
 
+from .together import Together, admit, call, open_hub
+
 RENDEZVOUS_TIMEOUT_S = 45.0  # a wrong address must show itself in under a minute
 COLLECTIVE_TIMEOUT_S = 1800.0  # one rank may compile, write or search for its micro-batch while the others wait
 RETRY_S = 0.2
+T = TypeVar("T")
 
 
 @dataclass
@@ -57,6 +64,19 @@ class Group:
         dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
+    def ask_main(self, ask: Callable[[], T]) -> T:
+        """Rank 0's answer on all ranks; an InputError of rank 0 is raised on all, so that it is said once."""
+        answer: T | InputError | None = None
+        if self.is_main:
+            try:
+                answer = ask()
+            except InputError as error:
+                answer = error
+        answer = self.broadcast_object(answer)
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
+
     def sum(self, values: list[float]) -> list[float]:
         """The sums over the ranks, each added in fp64; every rank gives the same number of values and gets the same bits."""
         if self.world_size == 1:
@@ -71,24 +91,43 @@ class Group:
             dist.barrier(group=self.objects)
 
     def close(self) -> None:
-        """Leaves the process group; it never waits for the others, so it is safe after an error."""
+        """Leaves the process group when every rank is here: for a clean end. After an error the process ends without."""
         if dist.is_initialized():
+            self.barrier()
             dist.destroy_process_group()
 
 
-def start(device: str = "auto", rendezvous_timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> Group:
-    """The group that torchrun's or srun's variables describe; a single process, without a process group, when there are none.
+def meet(timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> Together:
+    """The ranks that torchrun's or srun's variables describe, met; alone when there are none.
 
-    InputError when the device does not exist or the other ranks are not found in `rendezvous_timeout_s`.
+    InputError when the others are not found in `timeout_s`.
     """
     place = ranks()
+    if place.world_size == 1:
+        return Together(place)
+    where = f"{place.master_addr}:{place.master_port}"
+    try:
+        store = find_store(place, timeout_s)
+        hub = find_hub(place, store, timeout_s)
+    except (OSError, RuntimeError) as error:  # nobody listens, unknown host, too few ranks, or the port is taken
+        found = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"rank {place.rank} of {place.world_size} ({place.launcher}): expected all ranks at {where} within {timeout_s:.0f} s, found: {found}. "
+            "Check that all ranks were started, that MASTER_ADDR is rank 0's host and that no other training uses MASTER_PORT."
+        ) from error
+    return Together(place, store, hub)
+
+
+def start(device: str, others: Together) -> Group:
+    """This process and its device in the group of `others`; alone without a process group. InputError when the device does not exist."""
+    place = others.place
     chosen = choose_device(device, place.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     share_cores(chosen, cpus_of_rank(place))
     group = Group(place.rank, place.world_size, place.local_rank, chosen, place.launcher)
-    if place.world_size > 1:
-        connect(place, chosen, rendezvous_timeout_s)
+    if others.store is not None:
+        connect(place, chosen, others.store)
         if chosen.type == "cuda":
             group.objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     return group
@@ -117,24 +156,33 @@ def share_cores(device: torch.device, cpus: int) -> None:
         torch.set_num_threads(max(1, cpus // 2))
 
 
-def connect(place: Ranks, device: torch.device, timeout_s: float) -> None:
+def find_store(place: Ranks, timeout_s: float) -> Store:
+    """The store of all ranks, when all have arrived there."""
+    if place.rank != 0:
+        wait_for_host(place.master_addr, place.master_port, timeout_s)
+    url = f"tcp://{place.master_addr}:{place.master_port}"
+    store: Store = next(rendezvous(url, place.rank, place.world_size, timeout=timedelta(seconds=timeout_s)))[0]
+    store.set(f"arrived/{place.rank}", "")  # under torchrun the store is the agent's and knows nothing of the ranks
+    store.wait([f"arrived/{rank}" for rank in range(place.world_size)], timedelta(seconds=timeout_s))
+    return store
+
+
+def find_hub(place: Ranks, store: Store, timeout_s: float) -> socket.socket:
+    """This rank's connection to the hub of rank 0, which tells of the others' end."""
+    if place.rank == 0:
+        with open_hub() as listener:
+            token = secrets.token_hex(16)
+            store.set("hub", f"{listener.getsockname()[1]} {token}")
+            return admit(listener, place.world_size, token, timeout_s)
+    port, token = store.get("hub").decode().split()
+    return call(place.master_addr, int(port), token, place.rank, timeout_s)
+
+
+def connect(place: Ranks, device: torch.device, store: Store) -> None:
     """Makes the default process group of all ranks.
 
-    The store gets the short timeout and the group the long one: torch's own `init_process_group` has one for both.
+    The store had a short timeout and the group gets a long one: torch's own `init_process_group` has one for both.
     """
-    where = f"{place.master_addr}:{place.master_port}"
-    try:
-        if place.rank != 0:
-            wait_for_host(place.master_addr, place.master_port, timeout_s)
-        store, _, _ = next(rendezvous(f"tcp://{where}", place.rank, place.world_size, timeout=timedelta(seconds=timeout_s)))
-        store.set(f"arrived/{place.rank}", "")  # under torchrun the store is the agent's and knows nothing of the ranks
-        store.wait([f"arrived/{rank}" for rank in range(place.world_size)], timedelta(seconds=timeout_s))
-    except (OSError, RuntimeError) as error:  # nobody listens, unknown host, too few ranks, or the port is taken
-        found = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(
-            f"rank {place.rank} of {place.world_size} ({place.launcher}): expected all ranks at {where} within {timeout_s:.0f} s, found: {found}. "
-            "Check that all ranks were started, that MASTER_ADDR is rank 0's host and that no other training uses MASTER_PORT."
-        ) from error
     store.set_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
