@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from clips.errors import ClipError, InputError
 from clips.format import ClipFacts
 from clips.npz import BadNpz
-from clips.snippets import ArrayNames, Snippet, check_headers, find, list_bad, read, unlabelled
+from clips.snippets import ArrayNames, Content, Snippet, check_headers, find, list_bad, read, unlabelled
 
 from .shards import points_of_frames
-from .source import ChooseFrames, Loaded
+from .source import ChooseFrames, Frames, Loaded
 
 WITHOUT_MASK = ArrayNames(keypoints_mode="none")
 
@@ -60,17 +59,43 @@ class NpzSource:
             f"python -m convert pack --dataset-home {self._home} --output SHARDS",
         ]
 
-    def load(self, number: int, choose: ChooseFrames, out: np.ndarray, with_points: bool) -> Loaded:
-        snippet = self._snippets[number]
+    def fetch(self, number: int, choose: ChooseFrames, with_points: bool) -> WholeFile:
+        return WholeFile(self, self._snippets[number], choose, with_points)
+
+    def content(self, snippet: Snippet, with_points: bool) -> Content:
+        """The inflated file; raises ClipError."""
         try:
-            names = self._names if with_points else WITHOUT_MASK  # not inflated in vain
-            content = read(self._home / snippet.path, self.source, names)
+            return read(self._home / snippet.path, self.source, self._names if with_points else WITHOUT_MASK)  # no mask is inflated in vain
         except BadNpz as error:
             raise ClipError(f"{self._home / snippet.path}: clip '{snippet.key}': {error}. Mend or move the file.") from error
-        chosen = choose(content.frames_valid)
-        np.take(content.video, chosen, axis=0, out=out, mode="clip")
-        points = points_of_frames(content.points, chosen) if with_points and content.points is not None else None
-        return Loaded(snippet.key, snippet.label, points)
+
+    def where(self, number: int) -> tuple[str, int]:
+        return self._snippets[number].path, 0
+
+    def stage(self, folder: Path) -> None:
+        raise InputError(f"--stage-dir {folder}: only shards are staged, {self._home} holds npz files. Pack them, or leave --stage-dir out.")
 
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+@dataclass(frozen=True)
+class WholeFile:
+    """One npz: it is read when it is decoded, for inflating takes a hundred times as long."""
+
+    _source: NpzSource
+    _snippet: Snippet
+    _choose: ChooseFrames
+    _with_points: bool
+
+    def decode(self, frames: Frames) -> Loaded:
+        content = self._source.content(self._snippet, self._with_points)
+        chosen = self._choose(content.frames_valid)
+        for number, frame in enumerate(chosen.tolist()):
+            frames.place(number)[...] = content.video[frame]
+            frames.done(number)
+        points = points_of_frames(content.points, chosen) if self._with_points and content.points is not None else None
+        return Loaded(self._snippet.key, self._snippet.label, points)
+
+    def release(self) -> None:
+        """Nothing is held."""

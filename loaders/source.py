@@ -33,16 +33,42 @@ class Loaded:
     points: np.ndarray | None
 
 
+class Frames(Protocol):
+    """Where the frames of one clip go, one after another."""
+
+    def place(self, number: int) -> np.ndarray:
+        """Where the chosen frame of that number is to be written: contiguous uint8 (H, W, 3) of the stored geometry."""
+
+    def done(self, number: int) -> None:
+        """It was written; its place may be the next one's too."""
+
+
+class Fetched(Protocol):
+    """One clip's bytes, read but not decoded."""
+
+    def decode(self, frames: Frames) -> Loaded:
+        """Checks and decodes the chosen frames, in order, and lets the bytes go; raises ClipError naming the clip."""
+
+    def release(self) -> None:
+        """Gives the bytes' buffer back without decoding; harmless after `decode`."""
+
+
 class ClipSource(Protocol):
-    """One split, its clips numbered by sorted key (UTF-8 bytes)."""
+    """One split, its clips numbered by sorted key (UTF-8 bytes). It can be pickled: another process opens it again."""
 
     facts: Sequence[ClipFacts]
     class_names: tuple[str, ...]
-    stored: ClipSpec  # the geometry of the frames that `load` writes
+    stored: ClipSpec  # the geometry of the frames that are written
     source: ClipSpec  # the geometry that points are in
 
-    def load(self, number: int, choose: ChooseFrames, out: np.ndarray, with_points: bool) -> Loaded:
-        """Writes the chosen frames into `out`, uint8 (T, H, W, 3) of the stored geometry; raises ClipError naming the clip."""
+    def fetch(self, number: int, choose: ChooseFrames, with_points: bool) -> Fetched:
+        """Reads what is needed of one clip, from several threads at once; raises ClipError naming the clip."""
+
+    def where(self, number: int) -> tuple[str, int]:
+        """The file that holds the clip and the place in it: neighbours are read one after another."""
+
+    def stage(self, folder: Path) -> None:
+        """Begins to copy what is read to a local folder; raises InputError where that makes no sense."""
 
     def describe(self) -> list[str]:
         """Lines for the log."""

@@ -1,6 +1,6 @@
 """The loader: a webdataset.DataPipeline whose source is our plan.
 
-plan: numbers of a batch -> decode ahead in threads -> crop, resize, flip on the device -> Batch
+plan -> requests -> read ahead and decode in threads, here or in a process beside -> finish on the device -> Batch
 
 WebDataset's own shard splitting and shuffling are not used: they repeat their order every epoch, split shards and not
 clips over ranks, and cannot resume.
@@ -8,11 +8,12 @@ clips over ranks, and cannot resume.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,19 +21,24 @@ import webdataset
 
 from clips.clip import ClipSpec
 from clips.environment import cpus_of_rank, ranks
-from clips.errors import InputError
+from clips.errors import ClipError, InputError
 from clips.registry import check_name
 
 from . import LOADERS
 from .batch import Batch
-from .decode import DecodePool, PendingBatch, RawBatch, Request
-from .device import Finisher
+from .beside import Beside, Job
+from .decode import DecodeThreads, Effort, FreeList, RawBatch
+from .device import FinishingFrames, one_thread
+from .finish import Finisher
 from .plan import Plan
-from .sample import AugmentConfig, View, frames_uniform, hflip_chance, random_view, training_draws, whole_view
+from .requests import Pass, Recipe
+from .sample import AugmentConfig
 from .source import ClipSource
 
 MAX_THREADS = 8
-MakeRequest = Callable[[int], Request]  # from a clip's number in the source
+LOOK_AHEAD = 32
+
+DecodeIn = Literal["auto", "threads", "process"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,15 @@ class LoaderConfig:
     threads: int | None = None
     """Decoding threads of each rank; default: the cores that this rank may use, at most 8."""
     prefetch: int = 2
-    """Micro-batches decoded ahead of the step; each holds its full stored frames in memory."""
+    """Micro-batches decoded ahead of the step."""
+    look_ahead: int = LOOK_AHEAD
+    """Clips read ahead of decoding, sorted by place; 0 reads each clip when it is decoded."""
+    decode_in: DecodeIn = "auto"
+    """Where the threads live: in the training's process, or in one process beside it. auto: beside it for a GPU."""
+    stage_dir: Path | None = None
+    """A folder on a local disk, such as $TMPDIR: shards are copied there in the background and read from there."""
+    max_bad_clips: int = 0
+    """Clips that may be unreadable in an epoch, over all ranks: they stay in their batches with weight 0 and are named; in evaluation they are left out."""
 
     def __post_init__(self) -> None:
         if self.loader != "auto":
@@ -55,6 +69,10 @@ class LoaderConfig:
             raise InputError(f"--threads {self.threads}: expected at least 1.")
         if self.prefetch < 1:
             raise InputError(f"--prefetch {self.prefetch}: expected at least 1.")
+        if self.look_ahead < 0:
+            raise InputError(f"--look-ahead {self.look_ahead}: expected at least 0.")
+        if self.max_bad_clips < 0:
+            raise InputError(f"--max-bad-clips {self.max_bad_clips}: expected at least 0.")
 
 
 def default_threads() -> int:
@@ -76,63 +94,89 @@ class Loader:
         subset: list[int] | None = None,
         augment: AugmentConfig | None = None,
         with_points: bool = False,
+        look_ahead: int = LOOK_AHEAD,
+        decode_in: DecodeIn = "auto",
+        stage_dir: Path | None = None,
+        max_bad_clips: int = 0,
     ) -> None:
         self.source, self.plan, self.spec = source, plan, spec
-        self._subset = np.asarray(subset if subset is not None else range(len(source.facts)))
-        if len(self._subset) != plan.num_clips:
-            raise ValueError(f"a plan of {plan.num_clips} clips for {len(self._subset)}")
-        self._augment = augment or AugmentConfig()
-        self._hflip = hflip_chance(self._augment, source.class_names)
-        self._prefetch = prefetch
-        self._pool = DecodePool(source, spec.frames, plan.micro_batch, threads, with_points, pinned=device.type == "cuda")
-        self._finisher = Finisher(source, spec, device, with_points)
+        numbers = np.asarray(subset if subset is not None else range(len(source.facts)))
+        if len(numbers) != plan.num_clips:
+            raise ValueError(f"a plan of {plan.num_clips} clips for {len(numbers)}")
+        self._max_bad_clips = max_bad_clips
+        recipe = Recipe(plan, spec.frames, augment or AugmentConfig(), numbers)
+        effort = Effort(threads, prefetch, look_ahead)
+        beside = decode_in == "process" or (decode_in == "auto" and device.type == "cuda")
+        finished = not beside and device.type == "cpu"
+        make = _in_process if beside else _in_threads
+        self._run, self._close = make(source, recipe, effort, with_points, spec if finished else None, device.type == "cuda", stage_dir)
+        upload = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._finisher = Finisher(source, spec, device, with_points, finished, upload)
 
     def training(self, epoch: int, consumed: int = 0) -> Iterator[Batch]:
-        """This rank's micro-batches of an epoch, from the position `consumed` (clips of finished steps) on; nothing is read to be skipped."""
-        return self._batches(self.plan.training(epoch, consumed), partial(self._training_request, epoch))
+        """This rank's micro-batches of an epoch, from the position `consumed` (clips of finished steps) on; nothing is read to be skipped.
+
+        Raises ClipError for a clip that cannot be read, once this rank has more of them in this pass than `max_bad_clips`.
+        """
+        return self._batches(Pass(epoch, consumed))
 
     def evaluation(self) -> Iterator[Batch]:
         """This rank's share of one pass over every clip: whole frames, the middle of each segment, no chance."""
-        return self._batches(self.plan.evaluation(), self._evaluation_request)
+        return self._batches(Pass(None))
 
-    def _batches(self, numbers: Iterable[np.ndarray], request: MakeRequest) -> Iterator[Batch]:
-        pipeline = webdataset.DataPipeline(lambda: iter(numbers), partial(self._ahead, request), self._finished)
+    def _batches(self, asked: Pass) -> Iterator[Batch]:
+        pipeline = webdataset.DataPipeline(lambda: self._run(asked), partial(self._finished, asked.epoch))
         return iter(pipeline)
 
-    def _ahead(self, request: MakeRequest, batches: Iterator[np.ndarray]) -> Iterator[RawBatch]:
-        """Decoded batches in the plan's order, `prefetch` of them under way while the last one is used."""
-        pending: deque[PendingBatch] = deque()
-        try:
-            for numbers in batches:
-                pending.append(self._pool.submit([request(int(self._subset[number])) for number in numbers]))
-                if len(pending) > self._prefetch:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for batch in pending:
-                batch.abandon()
-
-    def _finished(self, batches: Iterator[RawBatch]) -> Iterator[Batch]:
+    def _finished(self, epoch: int | None, batches: Iterator[RawBatch]) -> Iterator[Batch]:
+        num_bad = 0
         for raw in batches:
-            yield self._finisher.finish(raw)
-
-    def _training_request(self, epoch: int, number: int) -> Request:
-        frame_draws, view_draws = training_draws(self.spec.frames, self.plan.seed, epoch, self.source.facts[number].key)
-        stored = self.source.stored
-        view = random_view(stored.height, stored.width, view_draws, self._augment, self._hflip)
-        return Request(number, partial(_frames, self.spec.frames, frame_draws), view)
-
-    def _evaluation_request(self, number: int) -> Request:
-        return Request(number, partial(_frames, self.spec.frames, None), self._whole())
-
-    def _whole(self) -> View:
-        return whole_view(self.source.stored.height, self.source.stored.width)
+            batch = self._finisher.finish(raw, epoch)
+            num_bad += len(batch.bad)
+            if num_bad > self._max_bad_clips:
+                budget = f" That is bad clip {num_bad} of a pass; --max-bad-clips allows {self._max_bad_clips}." if self._max_bad_clips else ""
+                raise ClipError(batch.bad[-1].reason + budget)
+            yield batch
 
     def close(self) -> None:
-        self._pool.close()
+        self._close()
         self.source.close()
 
 
-def _frames(num_frames: int, draws: np.ndarray | None, frames_valid: int) -> np.ndarray:
-    return frames_uniform(num_frames, frames_valid, draws)
+Decoder = tuple[Callable[[Pass], Iterator[RawBatch]], Callable[[], None]]  # what runs a pass, and what ends it all
+
+
+def _in_threads(
+    source: ClipSource, recipe: Recipe, effort: Effort, with_points: bool, finished: ClipSpec | None, pinned: bool, stage_dir: Path | None
+) -> Decoder:
+    """Threads of this process; with `finished` they also resize."""
+    shape = (recipe.plan.micro_batch, *(finished or ClipSpec(recipe.num_frames, source.stored.height, source.stored.width)).video_shape)
+    slots = FreeList(lambda: torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy())
+    if finished:
+        threads = DecodeThreads(source, slots, effort, with_points, FinishingFrames(source.stored, (finished.height, finished.width)), one_thread)
+    else:
+        threads = DecodeThreads(source, slots, effort, with_points)
+    if stage_dir:
+        source.stage(stage_dir)
+    return lambda asked: threads.run(recipe.batches(source, asked)), threads.close
+
+
+def _in_process(
+    source: ClipSource, recipe: Recipe, effort: Effort, with_points: bool, finished: ClipSpec | None, pinned: bool, stage_dir: Path | None
+) -> Decoder:
+    """Threads of a process beside this one."""
+    stored = ClipSpec(recipe.num_frames, source.stored.height, source.stored.width)
+    shape = (effort.prefetch + 1, recipe.plan.micro_batch, *stored.video_shape)
+    job = Job(source, recipe, effort, with_points, shape, stage_dir, logging.getLogger().getEffectiveLevel())
+    beside = Beside(job, _pin if pinned else None)
+    return beside.run, beside.close
+
+
+def _pin(slots: np.ndarray) -> Callable[[], None]:
+    """Tells CUDA that this memory stays where it is, so that uploads need no copy; gives what takes that back."""
+    runtime = torch.cuda.cudart()
+    found = runtime.cudaHostRegister(slots.ctypes.data, slots.nbytes, 0)
+    if int(found) != 0:
+        logging.getLogger(__name__).warning(f"decoded batches cannot be pinned ({found}): uploads will be slower")
+        return lambda: None
+    return lambda: runtime.cudaHostUnregister(slots.ctypes.data)

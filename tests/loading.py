@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import numpy as np
 import torch
 
 from clips.clip import ClipSpec
+from clips.format import IndexEntry
+from clips.manifest import read_index, read_manifest, tar_path
 from convert.pack import PackConfig, pack
 from loaders.batch import Batch
 from loaders.plan import Plan
 from loaders.sample import AugmentConfig
-from loaders.source import open_source
-from loaders.stream import Loader
+from loaders.source import ClipSource, open_source
+from loaders.stream import LOOK_AHEAD, DecodeIn, Loader
 from tests import by_hand
 from tests.making import write_home
 
@@ -27,6 +30,8 @@ MANY_SHARDS_MIB, ONE_SHARD_MIB = 0.07, 16.0  # three to five clips a shard; all 
 SEED = 3
 CROP = ClipSpec(5, 12, 16)
 CROP_ALONE = AugmentConfig(crop_scale=(0.25, 0.25), crop_ratio=(4 / 3, 4 / 3))  # of 24x32 always 12x16: nothing is left to resize
+
+Found = dict[str, tuple[np.ndarray, np.ndarray, int]]  # key to video, mask and label
 
 
 @cache
@@ -72,24 +77,27 @@ def opened(
     subset: list[int] | None = None,
     augment: AugmentConfig | None = CROP_ALONE,
     with_points: bool = True,
+    look_ahead: int = LOOK_AHEAD,
+    decode_in: DecodeIn = "auto",
+    stage_dir: Path | None = None,
+    max_bad_clips: int = 0,
+    around: Callable[[ClipSource], ClipSource] = lambda source: source,
 ) -> Iterator[Loader]:
-    """A loader on the CPU, closed at the end."""
-    source = open_source(home, split, loader)
-    plan = Plan(len(subset if subset is not None else source.facts), batch_size, micro_batch, SEED, rank, world_size)
-    made = Loader(source, plan, spec, torch.device("cpu"), threads, prefetch, subset, augment, with_points)
-    try:
-        yield made
-    finally:
-        made.close()
+    """A loader on the CPU, closed at the end; `around` may put another source around the one that reads."""
+    with closing(around(open_source(home, split, loader))) as source:
+        plan = Plan(len(subset if subset is not None else source.facts), batch_size, micro_batch, SEED, rank, world_size)
+        reading = (with_points, look_ahead, decode_in, stage_dir, max_bad_clips)
+        with closing(Loader(source, plan, spec, torch.device("cpu"), threads, prefetch, subset, augment, *reading)) as made:
+            yield made
 
 
 def keys_in(batches: Iterable[Batch]) -> list[str]:
     return [key for batch in batches for key in batch.key]
 
 
-def by_key(batches: Iterable[Batch]) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+def by_key(batches: Iterable[Batch]) -> Found:
     """Key to video, mask and label; a key that comes twice is an error."""
-    found: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
+    found: Found = {}
     for batch in batches:
         assert batch.keypoints is not None
         for place, key in enumerate(batch.key):
@@ -98,7 +106,7 @@ def by_key(batches: Iterable[Batch]) -> dict[str, tuple[np.ndarray, np.ndarray, 
     return found
 
 
-def assert_same(one: dict[str, tuple[np.ndarray, np.ndarray, int]], other: dict[str, tuple[np.ndarray, np.ndarray, int]]) -> None:
+def assert_same(one: Found, other: Found) -> None:
     assert list(one) == list(other)
     for key, (video, mask, label) in one.items():
         np.testing.assert_array_equal(video, other[key][0], key)
@@ -123,6 +131,34 @@ def expected_clip(home: Path, key: str, spec: ClipSpec, epoch: int | None, augme
     whole = (STORED.height, STORED.width)
     drawn = by_hand.mask(points, (top, left, height, width), flip, whole, whole, spec.mask_shape)
     return (frames[:, :, ::-1] if flip else frames), drawn
+
+
+def find_entry(home: Path, key: str, split: str = "train") -> tuple[Path, IndexEntry]:
+    """The tar that holds the clip, and its entry."""
+    for shard in read_manifest(home).splits[split].shards:
+        for entry in read_index(home, split, shard).clips:
+            if entry.facts.key == key:
+                return tar_path(home, split, shard.name), entry
+    raise AssertionError(key)
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x55]))
+
+
+def decoding_processes(parent: int | None = None) -> list[int]:
+    """The living children of this or another process that decode, as the system knows them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == (parent or os.getpid())
+            if is_child and b"loaders.beside" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
 
 
 def digests_of_rank(home: Path, rank: int, world_size: int) -> dict[str, str]:

@@ -12,8 +12,9 @@ import torch
 import train
 from clips.clip import ClipSpec
 from loaders.plan import Plan
+from loaders.requests import Pass
 from loaders.source import open_source
-from loaders.stream import Loader
+from loaders.stream import DecodeIn, Loader
 from models import load_trained
 from tests.making import write_home
 from training.distributed import Group
@@ -30,13 +31,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_home(tmp_path_factory.mktemp("npz"), COUNTS, frames=17, height=72, width=72)
 
 
-def loader_of(home: Path, device: str, batch: int = 4) -> Loader:
+def loader_of(home: Path, device: str, decode_in: DecodeIn = "auto") -> Loader:
     source = open_source(home, "train")
-    return Loader(source, Plan(len(source.facts), batch, batch, seed=1), ClipSpec(8, 64, 64), torch.device(device), threads=2, with_points=True)
+    plan, spec = Plan(len(source.facts), 4, 4, seed=1), ClipSpec(8, 64, 64)
+    return Loader(source, plan, spec, torch.device(device), threads=2, with_points=True, decode_in=decode_in)
 
 
-def test_batches_on_a_gpu_are_those_of_the_cpu_also_beside_a_busy_gpu(home: Path) -> None:
-    on_gpu, on_cpu = loader_of(home, "cuda"), loader_of(home, "cpu")
+@pytest.mark.parametrize("decode_in", ["threads", "process"])
+def test_batches_on_a_gpu_are_those_of_the_cpu_also_beside_a_busy_gpu(home: Path, decode_in: DecodeIn) -> None:
+    on_gpu, on_cpu = loader_of(home, "cuda", decode_in), loader_of(home, "cpu")
     busy = torch.randn(4096, 4096, device="cuda")
     for epoch in range(3):
         held = list(on_gpu.training(epoch))  # held over the epoch: a buffer that is reused too early would show
@@ -46,9 +49,20 @@ def test_batches_on_a_gpu_are_those_of_the_cpu_also_beside_a_busy_gpu(home: Path
             assert (ours.video.cpu().int() - theirs.video.int()).abs().max() <= 1
             assert ours.keypoints is not None and theirs.keypoints is not None
             assert torch.equal(ours.keypoints.cpu(), theirs.keypoints)
-            assert torch.equal(ours.label.cpu(), theirs.label)
+            assert torch.equal(ours.label.cpu(), theirs.label) and torch.equal(ours.weight.cpu(), theirs.weight)
+            assert (ours.position, ours.labels, ours.proof) == (theirs.position, theirs.labels, theirs.proof)
     on_gpu.close()
     on_cpu.close()
+
+
+@pytest.mark.parametrize("decode_in", ["threads", "process"])
+def test_batches_wait_for_their_upload_in_pinned_memory(home: Path, decode_in: DecodeIn) -> None:
+    for _ in range(2):  # the second time the memory of the first has been given back
+        loader = loader_of(home, "cuda", decode_in)
+        for raw in loader._run(Pass(0)):
+            assert torch.from_numpy(raw.video).is_pinned()
+            raw.release()
+        loader.close()
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
@@ -67,4 +81,4 @@ def test_a_run_trains_finds_its_micro_batch_and_predicts_as_the_cpu_does(home: P
         group = Group(0, 1, 0, torch.device(device), "single")
         scores[device] = probabilities(model.to(device), loader.evaluation(), 4, Precision("fp32", torch.device(device)), group)
         loader.close()
-    assert np.abs(scores["cpu"] - scores["cuda"]).max() < 0.02  # tf32 and pixels that differ by 1 of 255
+    assert np.abs(scores["cpu"].probabilities - scores["cuda"].probabilities).max() < 0.02  # tf32 and pixels that differ by 1 of 255

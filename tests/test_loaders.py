@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from clips.clip import ClipSpec
 from clips.manifest import read_manifest
 from clips.mix import hash64
 from loaders import LOADERS
+from loaders.batch import Batch
 from loaders.sample import AugmentConfig
 from loaders.source import fraction, open_source
 from tests import by_hand
@@ -21,6 +24,7 @@ from tests.loading import (
     ONE_SHARD_MIB,
     SEED,
     STORED,
+    Found,
     assert_same,
     by_key,
     expected_clip,
@@ -74,6 +78,8 @@ def test_an_epoch_gives_the_planned_clips_in_order(loader: str, home: Path, npz:
         batches = list(made.training(epoch))
     assert keys_in(batches) == [keys[number] for number in by_hand.permutation(21, "order", SEED, epoch)][:20]
     assert [keys[number] for batch in batches for number in batch.number] == keys_in(batches)
+    assert [position for batch in batches for position in batch.position] == list(range(20))
+    assert all(batch.labels == batch.label.tolist() and not batch.bad for batch in batches)
 
 
 def test_a_batch_is_contiguous_bytes_of_the_asked_shape(loader: str, home: Path) -> None:
@@ -162,10 +168,26 @@ def test_batches_kept_for_an_epoch_are_not_written_over(loader: str, home: Path)
         assert torch.equal(batch.video, video) and batch.keypoints is not None and torch.equal(batch.keypoints, mask)
 
 
-@pytest.mark.parametrize(("threads", "prefetch", "micro_batch"), [(1, 1, 4), (5, 4, 1), (2, 9, 2)])
-def test_threads_prefetch_and_micro_batch_change_no_clip(loader: str, home: Path, threads: int, prefetch: int, micro_batch: int) -> None:
-    with opened(home, loader) as made, opened(home, loader, threads=threads, prefetch=prefetch, micro_batch=micro_batch) as other:
+@pytest.mark.parametrize(("threads", "prefetch", "micro_batch", "look_ahead"), [(1, 1, 4, 0), (5, 4, 1, 2), (2, 9, 2, 3), (3, 1, 2, 1000)])
+def test_threads_prefetch_micro_batch_and_look_ahead_change_no_clip(
+    loader: str, home: Path, threads: int, prefetch: int, micro_batch: int, look_ahead: int
+) -> None:
+    with opened(home, loader) as made, opened(home, loader, "train", CROP, 4, micro_batch, 0, 1, threads, prefetch, look_ahead=look_ahead) as other:
         assert_same(by_key(made.training(0)), by_key(other.training(0)))
+
+
+@pytest.mark.parametrize("look_ahead", [0, 2, 32])
+def test_a_process_beside_gives_the_very_bytes_that_threads_give(loader: str, home: Path, look_ahead: int) -> None:
+    spec, augment = ClipSpec(5, 14, 15), AugmentConfig()
+    with opened(home, loader, spec=spec, augment=augment) as threads:
+        expected = [list(threads.training(1)), list(threads.training(0, consumed=8)), list(threads.evaluation())]
+    with opened(home, loader, spec=spec, augment=augment, decode_in="process", look_ahead=look_ahead) as beside:
+        found = [list(beside.training(1)), list(beside.training(0, consumed=8)), list(beside.evaluation())]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(by_key(ours), by_key(theirs))
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.number, one.position, one.labels, one.proof, one.bad) == (other.number, other.position, other.labels, other.proof, other.bad)
+            assert torch.equal(one.weight, other.weight) and one.video.is_contiguous()
 
 
 def test_a_resume_at_every_step_gives_the_same_tail(loader: str, home: Path) -> None:
@@ -182,10 +204,16 @@ def test_two_ranks_together_give_the_clips_of_one(loader: str, home: Path) -> No
             (one.training(0), [first.training(0), second.training(0)]),
             (one.evaluation(), [first.evaluation(), second.evaluation()]),
         ):
-            together = [by_key(rank) for rank in ranks]
-            whole = by_key(single)
+            halves, batches = [list(rank) for rank in ranks], list(single)
+            assert places(chain(*halves)) == places(batches)
+            together, whole = [by_key(rank) for rank in halves], by_key(batches)
             assert sorted([*together[0], *together[1]]) == sorted(whole)
             assert_same({key: (together[0] | together[1])[key] for key in whole}, whole)
+
+
+def places(batches: Iterable[Batch]) -> list[tuple[int, str]]:
+    """Each clip's place in the order of all ranks, with its key."""
+    return sorted(pair for batch in batches for pair in zip(batch.position, batch.key, strict=True))
 
 
 def test_a_subset_is_ordered_by_itself_and_keeps_the_clips_own_chance(loader: str, home: Path, npz: Path) -> None:
@@ -223,7 +251,7 @@ def test_the_order_and_the_clips_are_the_same_from_npz_and_from_shards_of_any_si
             assert_near(found, expected)
 
 
-def assert_near(found: dict[str, tuple[np.ndarray, np.ndarray, int]], expected: dict[str, tuple[np.ndarray, np.ndarray, int]]) -> None:
+def assert_near(found: Found, expected: Found) -> None:
     """Keys, labels and masks the same; pixels as near as JPEG keeps them."""
     assert list(found) == list(expected)
     for key, (video, mask, label) in found.items():

@@ -17,12 +17,12 @@ import torch
 
 from clips.codecs import make_codec
 from clips.errors import ClipError, InputError
-from clips.format import IndexEntry, pack_index
-from clips.manifest import index_path, read_index, read_manifest, tar_path
+from clips.format import pack_index
+from clips.manifest import index_path, read_index, read_manifest
 from loaders.plan import Plan
-from loaders.source import ClipSource, Loaded, open_source, splits_of
+from loaders.source import open_source, splits_of
 from loaders.stream import Loader, LoaderConfig
-from tests.loading import CROP, MANY_SHARDS_MIB, SEED, STORED, assert_same, by_key, keys_in, keys_of, npz_home, opened, shards
+from tests.loading import CROP, MANY_SHARDS_MIB, SEED, STORED, assert_same, by_key, find_entry, flip_byte, keys_in, keys_of, npz_home, opened, shards
 
 
 @pytest.fixture
@@ -39,23 +39,6 @@ def packed(base: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def snippets(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(npz_home(base), tmp_path / "snippets"))
-
-
-def find_entry(home: Path, key: str, split: str = "train") -> tuple[Path, IndexEntry]:
-    """The tar that holds the clip, and its entry."""
-    for shard in read_manifest(home).splits[split].shards:
-        for entry in read_index(home, split, shard).clips:
-            if entry.facts.key == key:
-                return tar_path(home, split, shard.name), entry
-    raise AssertionError(key)
-
-
-def flip_byte(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        (byte,) = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x55]))
 
 
 def exactly(text: str) -> str:
@@ -158,34 +141,6 @@ def test_a_shard_cut_short_under_an_open_loader_is_an_error_and_does_not_end_the
         os.truncate(path, int(entry.frames["offset"][4]) + 3)
         with pytest.raises(ClipError, match=rf"{re.escape(str(path))}: clip '.*', member .* at offset \d+: \d+ of \d+ bytes could be read"):
             list(made.evaluation())
-
-
-def test_every_flipped_byte_of_the_points_gives_points_or_an_error_that_names_the_clip(packed: Path) -> None:
-    """Points have no checksum of their own; at least nothing but ClipError comes of damage."""
-    source = open_source(packed, "train")
-    number, points = next(
-        (number, loaded.points) for number in range(len(source.facts)) if (loaded := load(source, number)).points is not None and len(loaded.points)
-    )
-    path, entry = find_entry(packed, source.facts[number].key)
-    offset, size = entry.members["keypoints.mp"]
-    errors = 0
-    for place in range(offset, offset + size):
-        flip_byte(path, place)
-        try:
-            found = load(source, number).points
-            assert found is None or found.shape[1] == 3
-        except ClipError as error:
-            assert str(error).startswith(f"{path}: clip '{entry.facts.key}', member keypoints.mp at offset {offset}: ")
-            errors += 1
-        flip_byte(path, place)
-    assert errors > 5
-    np.testing.assert_array_equal(load(source, number).points, points)
-    source.close()
-
-
-def load(source: ClipSource, number: int) -> Loaded:
-    """The clip with all its frames."""
-    return source.load(number, lambda valid: np.arange(valid), np.empty((source.facts[number].frames_valid, *STORED.video_shape[1:]), np.uint8), True)
 
 
 def test_an_index_that_changed_is_an_error_at_open(packed: Path) -> None:
