@@ -24,8 +24,8 @@ from loaders.source import ClipSource, open_source
 from loaders.stream import Loader, default_threads
 from models import load_trained
 from training.distributed import Group, choose_device, share_cores
-from training.evaluation import in_words, prediction_rows, probabilities
-from training.metrics import evaluate, write_predictions
+from training.evaluation import in_words, metrics_of, prediction_rows, probabilities
+from training.metrics import write_predictions
 from training.precision import Precision
 
 logger = logging.getLogger("predict")
@@ -53,6 +53,8 @@ class PredictConfig:
     """Where to run."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Number format; auto as in training."""
+    max_bad_clips: int = 0
+    """Clips that may be unreadable: they are listed without probabilities, named, and left out of the metrics."""
 
 
 def main() -> int:
@@ -67,13 +69,16 @@ def main() -> int:
     group = Group(0, 1, 0, choose_device(config.device, 0), "single")
     share_cores(group.device, allocated_cpus())
     plan = Plan(len(source.facts), config.batch_size, config.batch_size, seed=0)
-    loader = Loader(source, plan, model.spec, group.device, config.threads or default_threads())  # type: ignore[arg-type]  # a ClipSpec
+    threads, bad = config.threads or default_threads(), config.max_bad_clips
+    loader = Loader(source, plan, model.spec, group.device, threads, max_bad_clips=bad)  # type: ignore[arg-type]  # a ClipSpec
     batches = tqdm(loader.evaluation(), total=-(-len(source.facts) // config.batch_size), unit="batch", desc="predict", disable=None)
-    scores = probabilities(model.to(group.device), batches, len(source.facts), Precision(config.precision, group.device), group)
+    scores = probabilities(model.to(group.device), batches, len(source.facts), Precision(config.precision, group.device), group, bad)
     loader.close()
+    for reason in scores.unread.values():
+        logger.warning(f"without probabilities: {reason}")
     write_predictions(output, prediction_rows(source.facts, "" if config.paths else config.split or "test", scores), class_names)
     if not config.paths:
-        metrics = evaluate([fact.label for fact in source.facts], scores, class_names, stored.get("positive"))
+        metrics = metrics_of(source.facts, scores, class_names, stored.get("positive"))
         print(f"{config.split or 'test'}: {in_words(metrics)}")
     print(f"{len(source.facts)} clips -> {output}")
     return 0

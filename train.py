@@ -12,7 +12,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,19 +25,21 @@ from clips import command
 from clips.clip import ClipSpec
 from clips.environment import ranks
 from clips.errors import InputError
-from clips.manifest import fingerprint
 from clips.mix import hash64
 from clips.registry import check_name
+from loaders.batch import Batch
+from loaders.certificate import CERTIFICATE, Certificate, merge, write_certificate
+from loaders.home import Home, open_home
 from loaders.plan import Plan
 from loaders.sample import AugmentConfig, hflip_chance
-from loaders.source import ClipSource, fraction, loader_for, open_source, splits_of
+from loaders.source import ClipSource
 from loaders.stream import Loader, LoaderConfig, default_threads
 from models import ModelConfig, build_model, load_trained
 from training import checkpoint
-from training.distributed import Group, start
-from training.evaluation import METRICS, in_words, prediction_rows, probabilities
+from training.distributed import Group, meet, start
+from training.evaluation import METRICS, Scores, in_words, metrics_of, prediction_rows, probabilities
 from training.meter import Meter
-from training.metrics import evaluate, write_predictions
+from training.metrics import write_predictions
 from training.optimizer import OptimizerConfig, build_optimizer, set_lr
 from training.precision import Precision, largest_micro_batch
 from training.run_folder import RunFolder
@@ -47,7 +49,10 @@ from training.step import fits, gradients, in_parallel
 logger = logging.getLogger("train")
 
 # What a resumed run may change: how clips are read and where things lie, nothing that changes the result.
-FREE = ("dataset_home", "loader", "threads", "prefetch", "micro_batch", "device", "log_every", "logger_folder")
+FREE = (
+    *("dataset_home", "loader", "threads", "prefetch", "look_ahead", "decode_in", "stage_dir", "max_bad_clips"),
+    *("micro_batch", "device", "log_every", "logger_folder"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class TrainConfig:
     """Of the order, the augmentation and dropout, 0 to 2^63 - 1; the new head starts from the same numbers whatever the seed."""
     fraction: float = 1.0
     """Train on this share of the training clips: nested (a smaller share is part of a larger one) and the same for each class."""
+    balance: bool = False
+    """Epochs with as many clips of every class as the smallest class has, without replacement; the larger classes rotate."""
     best_metric: Literal["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"] = "auroc"
     """The metric on val that chooses the best epoch; of equals the earlier."""
     positive: str | None = None
@@ -105,6 +112,7 @@ class Training:
     wrapped: nn.Module  # the same in DistributedDataParallel where there are several ranks
     optimizer: torch.optim.Optimizer
     precision: Precision
+    certificate: Certificate
     class_names: tuple[str, ...]
     step: int = 0
     epoch: int = 0  # finished epochs
@@ -114,18 +122,12 @@ class Training:
 def main() -> int:
     """Parses, trains, and gives 0 also when the run was finished before."""
     command.show_log(ranks().rank == 0)
-    config = parse(sys.argv[1:])
-    group = start(config.device)
-    folder = RunFolder(config.logger_folder, group.is_main)
-    try:
+    with meet() as others:  # from here on, when one rank fails or dies, all end
+        config = parse(sys.argv[1:])
+        group = start(config.device, others)
+        folder = RunFolder(config.logger_folder, group.is_main)
+        others.last_words = folder.stop
         train(config, group, folder)
-    except KeyboardInterrupt:
-        folder.stop("interrupted")
-        raise
-    except Exception as error:
-        folder.stop(f"{type(error).__name__}: {error}")
-        raise
-    finally:
         group.close()
     return 0
 
@@ -150,66 +152,63 @@ def parse(args: list[str]) -> TrainConfig:
 
 def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     """One run from where it stands to its end."""
-    home = config.data.dataset_home
-    splits = splits_of(home)
-    if "train" not in splits:
-        raise InputError(f"--dataset-home {home}: no split train; found {', '.join(splits)}.")
-    kind = loader_for(home) if config.data.loader == "auto" else config.data.loader
-    sources = {split: open_source(home, split, kind) for split in splits}  # test, too: what is wrong with it shows before hours of training
-    if len({source.stored for source in sources.values()}) > 1:
-        shapes = ", ".join(f"{split} {source.stored}" for split, source in sources.items())
-        raise InputError(f"--dataset-home {home}: one data set has one shape; found {shapes}.")
-    subset = fraction(sources["train"].facts, config.fraction)
+    home = open_home(config.data.dataset_home, config.data.loader, config.fraction, config.balance)
     if config.positive is not None:
-        check_name(sources["train"].class_names, config.positive, "--positive")
-        if len(sources["train"].class_names) > 2:
-            raise InputError(f"--positive {config.positive}: with {len(sources['train'].class_names)} classes every class counts. Leave it out.")
-    identity = identify(config, sources, subset)
-    state = _on_main(group, lambda: folder.look(identity, FREE))
+        check_name(home.class_names, config.positive, "--positive")
+        if len(home.class_names) > 2:
+            raise InputError(f"--positive {config.positive}: with {len(home.class_names)} classes every class counts. Leave it out.")
+    identity = identify(config, home)
+    state = group.ask_main(lambda: folder.look(identity, FREE))
     if state == "finished":
         logger.info(f"{config.logger_folder}: this run is finished; more --epochs would continue it")
         return
     saved = checkpoint.load_last(config.logger_folder) if state == "resume" else None
-    run = build(config, group, folder, sources, subset, saved)
-    _introduce(run, sources)
+    run = build(config, group, folder, home, saved)
+    _introduce(run, home)
     folder.begin(identity)
     folder.cut_back(run.step)
     while run.epoch < config.epochs:
         train_epoch(run)
         validate(run)
         _save(run)
-    if "test" in splits:
-        test(run, sources["test"])
+    if "test" in home.sources:
+        test(run, home.sources["test"])
     folder.finish()
     for loader in (run.loader, run.val):
         if loader is not None:
             loader.close()
 
 
-def build(config: TrainConfig, group: Group, folder: RunFolder, sources: dict[str, ClipSource], subset: list[int], saved: dict[str, Any] | None) -> Training:
+def build(config: TrainConfig, group: Group, folder: RunFolder, home: Home, saved: dict[str, Any] | None) -> Training:
     """Model, optimiser and loaders, at their start or as they were saved."""
-    class_names = sources["train"].class_names
+    class_names = home.class_names
     torch.manual_seed(config.seed)
     model = build_model(config.model, class_names).to(group.device)
     wrapped = in_parallel(model) if group.world_size > 1 else model
     precision = Precision(config.precision, group.device)
     spec = model.spec
     assert isinstance(spec, ClipSpec)
-    whole = Plan(len(subset), config.batch_size, max(1, config.batch_size // group.world_size), config.seed, group.rank, group.world_size)
-    if whole.steps_per_epoch == 0:
-        raise InputError(f"--batch-size {config.batch_size}: larger than the split train, which has {len(subset)} clips here. Take a smaller one.")
+    rank_batch = max(1, config.batch_size // group.world_size)
+    whole = Plan(len(home.subset), config.batch_size, rank_batch, config.seed, group.rank, group.world_size, home.labels)
+    whole.check_epoch()
     plan = replace(whole, micro_batch=config.micro_batch or _micro_batch(model, whole, precision, group, saved))
-    loader = make_loader(config, sources["train"], plan, spec, group, subset)
-    val = make_loader(config, sources["val"], replace(plan, num_clips=len(sources["val"].facts)), spec, group) if "val" in sources else None
-    run = Training(config, group, folder, loader, val, model, wrapped, build_optimizer(model, config.optimizer), precision, class_names)
+    loader = make_loader(config, home.sources["train"], plan, spec, group, home.subset)
+    val = make_loader(config, home.sources["val"], plan, spec, group) if "val" in home.sources else None
+    certificate = Certificate(len(class_names), group.rank)
+    run = Training(config, group, folder, loader, val, model, wrapped, build_optimizer(model, config.optimizer), precision, certificate, class_names)
     if saved:
         _restore(run, saved)
     return run
 
 
-def make_loader(config: TrainConfig, source: ClipSource, plan: Plan, spec: ClipSpec, group: Group, subset: list[int] | None = None) -> Loader:
-    threads = config.data.threads or default_threads()
-    return Loader(source, plan, spec, group.device, threads, config.data.prefetch, subset, config.augment)
+def make_loader(config: TrainConfig, source: ClipSource, plan: Plan, spec: ClipSpec, group: Group, subset: Sequence[int] | None = None) -> Loader:
+    """Over the clips of `subset` in the plan's order, or over all of a split, each once."""
+    if subset is None:
+        plan = replace(plan, num_clips=len(source.facts), labels=None)
+    data = config.data
+    threads = data.threads or default_threads()
+    how = {"look_ahead": data.look_ahead, "decode_in": data.decode_in, "stage_dir": data.stage_dir, "max_bad_clips": data.max_bad_clips}
+    return Loader(source, plan, spec, group.device, threads, data.prefetch, subset, config.augment, **how)  # type: ignore[arg-type]  # names and kinds agree
 
 
 def train_epoch(run: Training) -> None:
@@ -217,7 +216,8 @@ def train_epoch(run: Training) -> None:
     config, plan = run.config, run.loader.plan
     meter, total = Meter(), torch.zeros(2, device=run.group.device)  # of losses and steps since the last log line
     whole = torch.zeros(2, device=run.group.device)  # the same over the epoch
-    batches = run.loader.training(run.epoch)
+    run.certificate.begin(run.epoch)
+    batches = _certified(run, run.loader.training(run.epoch))
     run.wrapped.train()
     progress = tqdm(total=plan.steps_per_epoch, desc=f"epoch {run.epoch + 1}/{config.epochs}", unit="step", disable=None if run.group.is_main else True)
     for _ in range(plan.steps_per_epoch):
@@ -232,21 +232,42 @@ def train_epoch(run: Training) -> None:
         meter.step(config.batch_size)
         progress.update()
         if run.step % config.log_every == 0 or run.step % plan.steps_per_epoch == 0:
-            loss_sum, num_steps = run.group.sum(total.tolist())
+            loss_sum, num_steps, num_bad = run.group.sum([*total.tolist(), run.certificate.num_bad])
+            _check_budget(run, round(num_bad))
             whole += total
             total.zero_()
-            record = {"loss": loss_sum / num_steps, "lr": lr, "grad_norm": grad_norm.item(), **meter.report()}
+            wait = max(run.group.gather_objects((meter.longest_wait, run.group.rank)))
+            record: dict[str, Any] = {"loss": loss_sum / num_steps, "lr": lr, "grad_norm": grad_norm.item(), "bad_clips": round(num_bad), **meter.report()}
+            record |= {"longest_wait_ms": wait[0].ms, "longest_wait": f"{wait[0].stage} {wait[0].file} on rank {wait[1]}"}
             run.folder.log({"step": run.step, "epoch": run.epoch} | {f"train/{name}": value for name, value in record.items()})
             progress.set_postfix(loss=f"{record['loss']:.4f}", clips_per_s=f"{record.get('clips_per_s', 0):.1f}")
     progress.close()
     run.epoch += 1
     loss_sum, num_steps = run.group.sum(whole.tolist())
-    speed = {"loss": loss_sum / num_steps, **meter.report_epoch()}
+    fed = run.certificate.finish(run.group.gather_objects(run.certificate.state_dict()))
+    counts = dict(zip(run.class_names, fed["class_counts"], strict=True))
+    speed = {"loss": loss_sum / num_steps, **meter.report_epoch(), "bad_clips": len(fed["bad"]), "clips": counts}
     run.folder.log({"step": run.step, "epoch": run.epoch} | {f"epoch/{name}": value for name, value in speed.items()})
     logger.info(
         f"epoch {run.epoch}/{config.epochs}: train loss {speed['loss']:.4f}, {speed['clips_per_s']:.1f} clips/s, "
-        f"data wait {speed['data_wait_percent']:.1f} % of the step"
+        f"data wait {speed['data_wait_percent']:.1f} % of the step; " + ", ".join(f"{count} {name}" for name, count in counts.items())
     )
+
+
+def _certified(run: Training, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches, each entered into the epoch's certificate as the model takes it; clips that could not be read are named."""
+    for batch in batches:
+        run.certificate.add(batch.proof, batch.labels, [(clip.position, clip.key) for clip in batch.bad])
+        for clip in batch.bad:
+            logger.warning(f"bad clip at place {clip.position} of epoch {run.epoch + 1}, weight 0: {clip.reason}")
+        yield batch
+
+
+def _check_budget(run: Training, num_bad: int) -> None:
+    """Raises InputError on all ranks once they have more bad clips together than an epoch may have."""
+    allowed = run.config.data.max_bad_clips
+    if num_bad > allowed:
+        raise InputError(f"--max-bad-clips {allowed}: {num_bad} clips of epoch {run.epoch + 1} cannot be read, named above. Mend them or allow more.")
 
 
 def validate(run: Training) -> None:
@@ -255,8 +276,8 @@ def validate(run: Training) -> None:
         metrics: dict[str, Any] = {}
         logger.info("no split val: the last epoch counts as the best")
     else:
-        metrics = measure(run.model, run.val, run.precision, run.group, run.config.positive)
-        run.folder.log({"step": run.step, "epoch": run.epoch} | {f"val/{name}": metrics[name] for name in (*METRICS, "confusion")})
+        metrics = measure(run, run.model, run.val)[0]
+        run.folder.log({"step": run.step, "epoch": run.epoch} | {f"val/{name}": metrics[name] for name in (*METRICS, "confusion", "unread")})
         logger.info("val: " + in_words(metrics))
         if metrics["loss"] is None:
             raise InputError(f"val: {'; '.join(metrics['notes'])} Take a lower --lr; best/ holds the best epoch before, if there was one.")
@@ -280,56 +301,36 @@ def test(run: Training, source: ClipSource) -> None:
     """The best epoch's metrics and predictions on test."""
     run.group.barrier()  # rank 0 has written best/
     model, _ = load_trained(run.folder.path / "best")
-    plan = replace(run.loader.plan, num_clips=len(source.facts))
-    loader = make_loader(run.config, source, plan, run.loader.spec, run.group)
-    scores = probabilities(model.to(run.group.device), loader.evaluation(), len(source.facts), run.precision, run.group)
-    labels = [fact.label for fact in source.facts]
-    metrics = evaluate(labels, scores, run.class_names, run.config.positive)
+    loader = make_loader(run.config, source, run.loader.plan, run.loader.spec, run.group)
+    metrics, scores = measure(run, model.to(run.group.device), loader)
     loader.close()
-    run.folder.log({"step": run.step, "epoch": run.epoch} | {f"test/{name}": metrics[name] for name in (*METRICS, "confusion")})
+    run.folder.log({"step": run.step, "epoch": run.epoch} | {f"test/{name}": metrics[name] for name in (*METRICS, "confusion", "unread")})
     if run.group.is_main:
         write_predictions(run.folder.path / "predictions-test.csv", prediction_rows(source.facts, "test", scores), run.class_names)
         logger.info("test, best epoch: " + in_words(metrics))
 
 
-def measure(model: nn.Module, loader: Loader, precision: Precision, group: Group, positive: str | None) -> dict[str, Any]:
-    scores = probabilities(model, loader.evaluation(), len(loader.source.facts), precision, group)
-    return evaluate([fact.label for fact in loader.source.facts], scores, loader.source.class_names, positive)
+def measure(run: Training, model: nn.Module, loader: Loader) -> tuple[dict[str, Any], Scores]:
+    """The split's metrics and scores; clips that could not be read are named and left out."""
+    facts = loader.source.facts
+    scores = probabilities(model, loader.evaluation(), len(facts), run.precision, run.group, run.config.data.max_bad_clips)
+    if run.group.is_main:
+        for reason in scores.unread.values():
+            logger.warning(f"left out of the evaluation: {reason}")
+    return metrics_of(facts, scores, run.class_names, run.config.positive), scores
 
 
-def identify(config: TrainConfig, sources: dict[str, ClipSource], subset: list[int]) -> dict[str, Any]:
+def identify(config: TrainConfig, home: Home) -> dict[str, Any]:
     """What a run is, as config.json: its flags, its classes and its data, which are the same from npz and from shards."""
-    facts = {split: source.facts for split, source in sources.items()} | {"train": [sources["train"].facts[number] for number in subset]}
-    data = {split: fingerprint([fact.key for fact in part], [fact.label for fact in part]) for split, part in facts.items()}
     flags = {name: value for name, value in command.flatten(config).items() if name != "config"}
     flags["dataset_home"] = str(config.data.dataset_home.absolute())  # for predict, wherever it is started
-    return {**flags, "data": data, "class_names": list(sources["train"].class_names)}
+    return {**flags, "data": home.fingerprints(), "class_names": list(home.class_names)}
 
 
-def _on_main(group: Group, ask: Callable[[], str]) -> str:
-    """Rank 0's answer on all ranks; an InputError of rank 0 is raised on all."""
-    answer: str | InputError = ""
-    if group.is_main:
-        try:
-            answer = ask()
-        except InputError as error:
-            answer = error
-    answer = group.broadcast_object(answer)
-    if isinstance(answer, InputError):
-        raise answer
-    return answer
-
-
-def _introduce(run: Training, sources: dict[str, ClipSource]) -> None:
+def _introduce(run: Training, home: Home) -> None:
     """What this run is, in the log."""
     config, plan = run.config, run.loader.plan
-    for split, source in sources.items():
-        counts = [sum(fact.label == label for fact in source.facts) for label in range(len(run.class_names))]
-        classes = ", ".join(f"{count} {name}" for count, name in zip(counts, run.class_names, strict=True))
-        logger.info(f"{split}: {'; '.join(source.describe())} ({classes})")
-        if 0 in counts:
-            logger.info(f"{split}: has no clip of {', '.join(name for count, name in zip(counts, run.class_names, strict=True) if not count)}")
-    lines = run.model.describe()  # type: ignore[operator]  # every model of ours has it
+    lines = home.describe() + run.model.describe()  # type: ignore[operator]  # every model of ours has it
     lines += explain(config.epochs, plan.steps_per_epoch, config.batch_size, config.schedule)
     lines.append(
         f"step: {config.batch_size} clips over {run.group.world_size} ranks, {plan.micro_batch} at once, {run.precision.mode} on {run.group.device}, "
@@ -352,6 +353,7 @@ def _micro_batch(model: nn.Module, plan: Plan, precision: Precision, group: Grou
 
 
 def _save(run: Training) -> None:
+    certificate = merge(run.group.gather_objects(run.certificate.state_dict()))
     state = {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -359,17 +361,20 @@ def _save(run: Training) -> None:
         "step": run.step,
         "epoch": run.epoch,
         "best": run.best,
+        "certificate": certificate,
         "micro_batch": run.loader.plan.micro_batch,
         "gpu": torch.cuda.get_device_name(run.group.device) if run.group.device.type == "cuda" else None,  # a micro-batch holds for one kind
     }
     if run.group.is_main:
         checkpoint.save(run.folder.path, run.step, state)
+        write_certificate(run.folder.path / CERTIFICATE, certificate)
 
 
 def _restore(run: Training, saved: dict[str, Any]) -> None:
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.precision.load_state_dict(saved["scaler"])
+    run.certificate.load_state_dict(saved["certificate"])
     run.step, run.epoch, run.best = saved["step"], saved["epoch"], saved["best"]
     logger.info(f"continuing after epoch {run.epoch}, step {run.step}")
 

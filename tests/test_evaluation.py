@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Barrier
 from typing import Any
 
@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+from clips.errors import InputError
 from clips.format import ClipFacts
+from loaders.batch import BadClip
 from training.distributed import Group
-from training.evaluation import in_words, prediction_rows, probabilities
+from training.evaluation import Scores, in_words, metrics_of, prediction_rows, probabilities
 from training.metrics import Prediction, evaluate
 from training.precision import Precision
 
@@ -32,6 +34,7 @@ class Clips:
 
     video: torch.Tensor
     number: Sequence[int]
+    bad: Sequence[BadClip] = ()
 
 
 @dataclass
@@ -78,13 +81,13 @@ def alone(num_clips: int) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def on_ranks(num_clips: int, *shares: list[Clips]) -> list[np.ndarray]:
+def on_ranks(num_clips: int, *shares: list[Clips], max_bad_clips: int = 0) -> list[np.ndarray]:
     """What each rank gives, each with its own model and its share of the batches."""
     table, barrier = [None] * len(shares), Barrier(len(shares))
 
     def work(rank: int) -> np.ndarray:
         group = Thread(rank, len(shares), rank, CPU, "torchrun", table=table, barrier_of_all=barrier)
-        return probabilities(models[rank], shares[rank], num_clips, FP32, group)
+        return probabilities(models[rank], shares[rank], num_clips, FP32, group, max_bad_clips).probabilities
 
     models = [copy.deepcopy(model) for model in [tiny()] * len(shares)]
     with ThreadPoolExecutor(len(shares)) as pool:
@@ -92,7 +95,7 @@ def on_ranks(num_clips: int, *shares: list[Clips]) -> list[np.ndarray]:
 
 
 def test_rows_are_in_the_order_of_the_clips_numbers_whatever_the_order_of_the_batches() -> None:
-    found = probabilities(tiny(), batches([4, 1], [6, 0, 3], [2], [5]), 7, FP32, ALONE)
+    found = probabilities(tiny(), batches([4, 1], [6, 0, 3], [2], [5]), 7, FP32, ALONE).probabilities
     assert found.dtype == np.float32 and found.shape == (7, 3)
     np.testing.assert_allclose(found, alone(7), rtol=1e-5)
     assert len(np.unique(found[:, 0])) == 7  # otherwise a wrong order could pass
@@ -135,7 +138,7 @@ def test_a_clip_that_two_ranks_evaluated_is_an_error() -> None:
 @pytest.mark.parametrize("is_training", [True, False])
 def test_dropout_is_off_and_the_model_comes_back_in_its_mode(is_training: bool) -> None:
     model = tiny(dropout=0.9).train(is_training)
-    np.testing.assert_allclose(probabilities(model, batches([0, 1], [2]), 3, FP32, ALONE), alone(3), rtol=1e-5)
+    np.testing.assert_allclose(probabilities(model, batches([0, 1], [2]), 3, FP32, ALONE).probabilities, alone(3), rtol=1e-5)
     assert {module.training for module in model.modules()} == {is_training}
 
 
@@ -149,7 +152,7 @@ def test_no_gradients_are_kept() -> None:
 
 
 def test_the_softmax_is_fp32_also_under_bf16() -> None:
-    found = probabilities(tiny(), batches([0, 1, 2]), 3, Precision("bf16", CPU), ALONE)
+    found = probabilities(tiny(), batches([0, 1, 2]), 3, Precision("bf16", CPU), ALONE).probabilities
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)  # bf16's own steps near one are 0.004
     np.testing.assert_allclose(found, alone(3), atol=0.02)
     assert found.dtype == np.float32
@@ -158,7 +161,7 @@ def test_the_softmax_is_fp32_also_under_bf16() -> None:
 def test_prediction_rows_tell_each_clip_and_an_unknown_label_as_none() -> None:
     facts = [ClipFacts("a", 1, "one.mp4", 3, 40, 80, 5), ClipFacts("b", -1, "two.mp4", None, None, None, 5), ClipFacts("c", 0, "two.mp4", 0, 0, 9, 5)]
     scores = np.array([[0.25, 0.75], [0.5, 0.5], [1, 0]], np.float32)
-    assert prediction_rows(facts, "val", scores) == [
+    assert prediction_rows(facts, "val", Scores(scores, {})) == [
         Prediction("a", "val", 1, [0.25, 0.75], "one.mp4", 40, 80),
         Prediction("b", "val", None, [0.5, 0.5], "two.mp4", None, None),
         Prediction("c", "val", 0, [1.0, 0.0], "two.mp4", 0, 9),
@@ -167,7 +170,32 @@ def test_prediction_rows_tell_each_clip_and_an_unknown_label_as_none() -> None:
 
 def test_as_many_scores_as_clips_are_needed() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        prediction_rows([ClipFacts("a", 1, "one.mp4", 3, 40, 80, 5)] * 2, "val", np.zeros((1, 2), np.float32))
+        prediction_rows([ClipFacts("a", 1, "one.mp4", 3, 40, 80, 5)] * 2, "val", Scores(np.zeros((1, 2), np.float32), {}))
+
+
+def unread(number: int) -> BadClip:
+    return BadClip(number, f"clip{number}", f"clip {number} is damaged")
+
+
+def test_clips_that_were_not_read_have_no_probabilities_and_are_left_out_of_the_metrics() -> None:
+    share = [replace(batch, bad=[unread(number) for number in batch.number if number in (1, 4)]) for batch in batches([0, 1, 2], [3, 4])]
+    scores = probabilities(tiny(), share, 5, FP32, ALONE, max_bad_clips=2)
+    assert dict(scores.unread) == {1: "clip 1 is damaged", 4: "clip 4 is damaged"}
+    read = [0, 2, 3]
+    assert np.isnan(scores.probabilities[[1, 4]]).all()
+    np.testing.assert_allclose(scores.probabilities[read], alone(5)[read], rtol=1e-5)
+    facts = [ClipFacts(f"clip{number}", number % 3, "", None, None, None, 5) for number in range(5)]
+    metrics = metrics_of(facts, scores, ("a", "b", "c"), None)
+    assert metrics["unread"] == 2 and metrics["loss"] == pytest.approx(-np.log(alone(5)[read, [0, 2, 0]]).mean(), rel=1e-5)
+    assert "2 clips could not be read" in in_words(metrics)
+    assert [row.probabilities is None for row in prediction_rows(facts, "val", scores)] == [False, True, False, False, True]
+
+
+def test_bad_clips_of_all_ranks_count_against_one_budget() -> None:
+    shares = [[replace(batches([0, 1])[0], bad=[unread(0)])], [replace(batches([2])[0], bad=[unread(2)])]]
+    with pytest.raises(InputError, match=r"--max-bad-clips 1: 2 clips cannot be read\. The first: clip 0 is damaged"):
+        on_ranks(3, *shares, max_bad_clips=1)
+    np.testing.assert_array_equal(np.isnan(on_ranks(3, *shares, max_bad_clips=2)[0]).any(axis=1), [True, False, True])
 
 
 def test_metrics_in_words_are_one_line_with_four_digits() -> None:

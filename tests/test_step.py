@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import training.step
+from loaders.batch import Slowest
 from training.meter import Meter
 from training.precision import Precision
 from training.step import gradients
 
 CLIP_SHAPE, NUM_CLASSES = (2, 3, 3, 3), 4
+NOTHING = Slowest("read", "train-000000", 1.0)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Clips:
     video: torch.Tensor
     label: torch.Tensor
     weight: torch.Tensor
+    slowest: Slowest = NOTHING
 
     def split(self, sizes: list[int]) -> list[Clips]:
         """The same clips as micro-batches."""
@@ -51,12 +55,11 @@ class SeenMeter(Meter):
         super().__init__()
         self.num_waits, self.is_waiting = 0, False
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def take(self, batches: Iterator[Any]) -> Any:
         self.num_waits, self.is_waiting = self.num_waits + 1, True
-        with super().waiting():
-            yield
+        batch = super().take(batches)
         self.is_waiting = False
+        return batch
 
 
 class FakeParallel(nn.Module):

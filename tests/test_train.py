@@ -24,7 +24,7 @@ from models import load_trained
 from tests.making import write_home
 from tests.making_models import FAMILIES, clips, plain_logits, plain_model, write_checkpoint
 from training.distributed import Group
-from training.evaluation import probabilities
+from training.evaluation import Scores, probabilities
 from training.precision import Precision
 from training.run_folder import RunFolder
 
@@ -70,7 +70,7 @@ def run(home: Path, folder: Path, *flags: str) -> Path:
 def records(folder: Path, prefix: str) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl that have values of `prefix`, without those of the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("clips_per_s", "step_ms", "data_wait_percent")
+    clock = ("clips_per_s", "step_ms", "data_wait_percent", "longest_wait_ms", "longest_wait")
     return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in lines if any(name.startswith(prefix) for name in line)]
 
 
@@ -180,10 +180,10 @@ def test_best_is_the_epoch_with_the_best_val_metric(shards: Path, tmp_path: Path
 def test_a_diverged_run_stops_keeps_its_best_and_says_why(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def diverges(*arguments: Any, **named: Any) -> np.ndarray:
+    def diverges(*arguments: Any, **named: Any) -> Scores:
         calls.append(1)
         scores = probabilities(*arguments, **named)
-        return scores if len(calls) == 1 else np.full_like(scores, np.nan)
+        return scores if len(calls) == 1 else Scores(np.full_like(scores.probabilities, np.nan), {})
 
     monkeypatch.setattr(train, "probabilities", diverges)
     folder = tmp_path / "run"
@@ -294,7 +294,7 @@ def test_a_config_file_with_an_unknown_flag_offers_the_nearest(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--batch-size", "14"), "--batch-size 14: larger than the split train, which has 13 clips"),
+        (("--batch-size", "14"), "--batch-size 14: larger than the split, which holds 13 clips"),
         (("--model-name", "videomea-tiny"), "Did you mean videomae-tiny"),
         (("--micro-batch", "3"), "--micro-batch 3: expected a divisor of the 4 clips"),
         (("--loader", "webdatset"), "Did you mean webdataset"),

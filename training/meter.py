@@ -4,8 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+
+class Slowest(Protocol):
+    """The clip of a batch that took longest: its stage (read or decode) and the file that it came from."""
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def file(self) -> str: ...
+
+
+class Traced(Protocol):
+    """A batch that knows what it waited for."""
+
+    @property
+    def slowest(self) -> Slowest: ...
+
+
+TracedBatch = TypeVar("TracedBatch", bound=Traced)
+
+
+@dataclass(frozen=True, order=True)
+class Wait:
+    """One wait for data, and what the batch itself waited for longest."""
+
+    ms: float = 0.0
+    stage: str = ""
+    file: str = ""
 
 
 @dataclass
@@ -16,11 +45,11 @@ class Span:
     num_clips: int = 0
     num_steps: int = 0
     wait_s: float = 0.0
-    paused_s: float = 0.0
+    longest: Wait = Wait()
 
     def report(self, now_s: float) -> dict[str, float]:
         """Clips per second, milliseconds of a step and the part of it that waited for data; empty when no step was counted."""
-        elapsed_s = now_s - self.start_s - self.paused_s
+        elapsed_s = now_s - self.start_s
         if self.num_steps == 0 or elapsed_s <= 0:
             return {}
         return {
@@ -42,27 +71,20 @@ class Meter:
         self._interval = Span(clock())
         self._epoch = Span(clock())
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around `next(loader)`."""
+    def take(self, batches: Iterator[TracedBatch]) -> TracedBatch:
+        """The next batch; the time until it is there counts as a wait for data."""
         start_s = self._clock()
-        try:
-            yield
-        finally:
-            waited_s = self._clock() - start_s
-            self._interval.wait_s += waited_s
-            self._epoch.wait_s += waited_s
+        batch = next(batches)
+        waited_s = self._clock() - start_s
+        self._interval.wait_s += waited_s
+        self._epoch.wait_s += waited_s
+        self._interval.longest = max(self._interval.longest, Wait(1000 * waited_s, batch.slowest.stage, batch.slowest.file))
+        return batch
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is not training: evaluation, checkpoints."""
-        start_s = self._clock()
-        try:
-            yield
-        finally:
-            paused_s = self._clock() - start_s
-            self._interval.paused_s += paused_s
-            self._epoch.paused_s += paused_s
+    @property
+    def longest_wait(self) -> Wait:
+        """Of the interval since the last report."""
+        return self._interval.longest
 
     def step(self, num_clips: int) -> None:
         """Counts one optimiser step; `num_clips` over all ranks gives the training's speed, of this rank its own."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .meter import Meter
+from .meter import Meter, Slowest
 from .precision import Precision
 
 
@@ -28,6 +28,9 @@ class Labelled(Protocol):
     @property
     def weight(self) -> torch.Tensor: ...
 
+    @property
+    def slowest(self) -> Slowest: ...
+
 
 def gradients(model: nn.Module, batches: Iterator[Labelled], num_batches: int, rank_batch: int, precision: Precision, meter: Meter) -> torch.Tensor:
     """Adds the gradients of the mean loss over this rank's `rank_batch` clips, and gives that loss, fp32 on the device.
@@ -36,8 +39,7 @@ def gradients(model: nn.Module, batches: Iterator[Labelled], num_batches: int, r
     """
     total: torch.Tensor | None = None
     for number in range(num_batches):
-        with meter.waiting():
-            batch = next(batches)
+        batch = meter.take(batches)
         wait = isinstance(model, DistributedDataParallel) and number < num_batches - 1
         with cast(DistributedDataParallel, model).no_sync() if wait else nullcontext():
             with precision.autocast():
