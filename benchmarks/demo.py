@@ -46,7 +46,7 @@ def demo(config: DemoConfig) -> None:
     _type("train.py", "--dataset-home", out / "shards", "--logger-folder", out / "run", *TRAINING)
     _type("predict.py", out / "run")
     print("\n$ python -m benchmarks loader", flush=True)
-    results = {one.name: one.value for one in bench(LoaderBenchConfig(out / "shards", home, rounds=1))}
+    results = {one.name: one.value for one in bench(LoaderBenchConfig(out / "shards", home, quick=True, rivals=False))}
     records = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     best = max(record["val/auroc"] for record in records if "val/auroc" in record)
     test = next(record for record in records if "test/auroc" in record)

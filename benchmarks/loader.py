@@ -1,38 +1,48 @@
-"""What a finished batch costs: CPU ms a clip and clips/s of each loader, interleaved in one run, against the floor.
+"""What a finished batch costs: CPU time, clips/s, time to the first batch and memory of each loader, interleaved in one run, against the floor.
 
-The floor decodes the same frames with the same decoder and threads into one buffer and does nothing else.
+floor, floor+read                    decode alone, see floor.py
+webdataset, npz                      our loader to finished batches, from shards and from the unconverted folder
+webdataset, device path (, process)  our loader up to the stored frames that a GPU would get, decoded here or in a process beside
+webdataset as documented, with care  webdataset without our loader, on the same tars: see rivals.py
+
+All processes count. Workers start before anything is timed; their start is in the time to the first batch, imports are not.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from clips.clip import ClipSpec
 from clips.errors import InputError
+from clips.manifest import read_manifest
 from clips.synthetic import write_snippets
 from convert.pack import PackConfig, pack
-from loaders.plan import Plan
-from loaders.sample import frames_uniform
-from loaders.source import ClipSource, loader_for, open_source
-from loaders.stream import Loader, default_threads
+from loaders.source import loader_for
+from loaders.stream import default_threads
 
-from .result import Result, cell, file_system_of, measure, result, table, write_results
+from .floor import Floor, PassClips, pass_clips
+from .ours import Finished, HandedOver, Setting, opened
+from .processes import cpu_s, watch_memory
+from .result import Result, as_word, cell, file_system_of, measure, result, table, write_results
 
 BATCH = 8
 MADE_UP = 48
+MEMORY_PASSES = 3
+QUICK_CLIPS = 48
+Values = dict[str, list[float]]  # name of a way to one value a round
 
 
 @dataclass(frozen=True)
 class LoaderBenchConfig:
-    """CPU ms a clip and clips/s of the loaders to finished batches of 16 frames of 224 pixels."""
+    """What finished batches of 16 frames of 224 pixels cost: our loaders, webdataset without them, and the floor."""
 
     shards: Path | None = None
     """Packed clips; default: made-up ones, packed for the occasion."""
@@ -45,13 +55,38 @@ class LoaderBenchConfig:
     size: int = 224
     """Pixels of a finished frame."""
     threads: int | None = None
-    """Decoding threads; default as in training."""
+    """Decoding threads, and webdataset's worker processes; default as in training."""
+    clips: int = 240
+    """Clips of a pass, at least: the split's first shards, or all of them several times."""
     rounds: int = 5
     """Measured passes of each loader, after one that warms up."""
+    rivals: bool = True
+    """Measure webdataset without our loader, too."""
     quick: bool = False
-    """Two passes: a first look."""
+    """Two short passes: a first look."""
     json: Path | None = None
     """Append the results here."""
+
+
+class Reader(Protocol):
+    """A loader that has begun: its workers may take a pass to come up."""
+
+    def clips(self) -> Iterator[int]:
+        """One pass: the number of clips of each batch, when it is there."""
+
+    def close(self) -> None:
+        """Ends its workers."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row: `open` reads what stands beside the clips, `start` makes a loader of it."""
+
+    name: str
+    num_clips: int
+    open: Callable[[], Any]  # Any: whatever `start` takes
+    start: Callable[[Any], Reader]
+    makes_batches: bool = True
 
 
 def bench(config: LoaderBenchConfig) -> list[Result]:
@@ -70,55 +105,102 @@ def on_clips(config: LoaderBenchConfig, shards: Path, npz: Path | None) -> list[
     if npz is not None and loader_for(npz) != "npz":
         raise InputError(f"--dataset-home {npz}: expected npz snippets.")
     threads = config.threads or default_threads()
-    spec = ClipSpec(config.frames, config.size, config.size)
-    homes = {"webdataset": shards} | ({"npz": npz} if npz else {})
-    sources = {name: open_source(home, config.split) for name, home in homes.items()}
-    num_clips = len(sources["webdataset"].facts)
-    batch = min(BATCH, num_clips)
-    plan = Plan(num_clips // batch * batch, batch, batch, seed=0)
-    whole = list(range(plan.num_clips))
-    loaders = {name: Loader(source, plan, spec, torch.device("cpu"), threads, subset=whole) for name, source in sources.items()}
-    tasks: dict[str, Callable[[], object]] = {"floor": partial(_floor, sources["webdataset"], threads, config.frames, plan.num_clips)}
-    tasks |= {name: partial(_epoch, loader) for name, loader in loaders.items()}
+    chosen = pass_clips(shards, config.split, config.frames, QUICK_CLIPS if config.quick else config.clips, threads)
+    setting = Setting(ClipSpec(config.frames, config.size, config.size), min(BATCH, chosen.num_clips), threads)
+    ways = _ways(chosen, setting, npz, config.rivals)
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the resize runs beside the decoding threads, as beside a training step
+    torch.set_num_threads(1)  # what the main thread does beside the decoding threads, as beside a training step
     try:
-        cpu_ms, speed = measure(tasks, plan.num_clips, 2 if config.quick else config.rounds)
+        results = _measured(ways, 2 if config.quick else config.rounds, 1 if config.quick else MEMORY_PASSES)
     finally:
         torch.set_num_threads(before)
-        for loader in loaders.values():
-            loader.close()
-    setting = {"threads": threads, "frames": config.frames, "size": config.size, "batch": batch, "clips": plan.num_clips}
-    results = [result(f"loader/{name}/cpu", "CPU ms/clip", values, setting) for name, values in cpu_ms.items()]
-    results += [result(f"loader/{name}/speed", "clips/s", values, setting) for name, values in speed.items()]
-    ratios = {name: [a / b for a, b in zip(values, cpu_ms["floor"], strict=True)] for name, values in cpu_ms.items()}
-    results += [result(f"loader/{name}/over_floor", "ratio", values, setting) for name, values in ratios.items()]
-    print(_table(cpu_ms, speed, ratios))
+    facts = {"threads": threads, "frames": config.frames, "size": config.size, "batch": setting.batch, "clips": chosen.num_clips}
+    found = [result(f"loader/{as_word(name)}/{kind}", unit, values, facts) for kind, unit, of in results for name, values in of.items()]
+    print(_table([way.name for way in ways], {kind: of for kind, _, of in results}))
     if config.json:
-        write_results(config.json, results, file_system_of(shards))
-    return results
+        write_results(config.json, found, file_system_of(shards))
+    return found
 
 
-def _epoch(loader: Loader) -> None:
-    for _ in loader.training(0):
-        pass
+def _ways(chosen: PassClips, setting: Setting, npz: Path | None, rivals: bool) -> list[Way]:
+    full = chosen.num_clips // setting.batch * setting.batch  # our loader leaves out what fills no batch
+    shards = partial(opened, chosen.home, chosen)
+    ways = [
+        Way("floor", chosen.num_clips, lambda: False, partial(Floor, chosen, setting.threads), False),
+        Way("floor+read", chosen.num_clips, lambda: True, partial(Floor, chosen, setting.threads), False),
+        Way("webdataset", full, shards, partial(Finished, chosen, setting)),
+        Way("webdataset, device path", full, shards, partial(HandedOver, chosen, setting, "threads")),
+        Way("webdataset, device path, process", full, shards, partial(HandedOver, chosen, setting, "process")),
+    ]
+    if npz is not None:
+        ways.append(Way("npz", full, partial(opened, npz, chosen), partial(Finished, chosen, setting)))
+    if rivals and read_manifest(chosen.home).codec != "jpeg":
+        print("webdataset without our loader is left out: it is written for jpeg alone")
+    elif rivals:
+        from .rivals import Rival, Task, careful, documented
+
+        task = Task(setting.spec.frames, setting.spec.height, setting.batch, setting.threads)
+        tars = [str(tar) for tar in chosen.tars] * chosen.times
+        for name, make in {"webdataset as documented": documented, "webdataset with care": careful}.items():
+            ways.append(Way(name, chosen.num_clips, lambda: tars, partial(Rival, make, task)))
+    return ways
 
 
-def _floor(source: ClipSource, threads: int, frames: int, num_clips: int) -> None:
-    buffers = [np.empty((frames, source.stored.height, source.stored.width, 3), np.uint8) for _ in range(threads)]
+def _measured(ways: Sequence[Way], rounds: int, memory_passes: int) -> list[tuple[str, str, Values]]:
+    """Kind, unit and values of all that is measured; first the starts and the memory, then passes of loaders that stay."""
+    starts = [{way.name: _start_ms(way) for way in ways if way.makes_batches} for _ in range(rounds + 1)][1:]
+    first_ms, open_and_first_ms = ({name: [one[name][place] for one in starts] for name in starts[0]} for place in (0, 1))
+    memory = {way.name: [_memory_mb(way) for _ in range(memory_passes)] for way in ways if way.makes_batches}
+    readers = {way.name: way.start(way.open()) for way in ways}
+    try:
+        tasks = {way.name: partial(_drain, way, readers[way.name]) for way in ways}
+        cpu_ms, speed = measure(tasks, {way.name: way.num_clips for way in ways}, rounds, cpu_s)
+    finally:
+        for reader in reversed(readers.values()):  # forked workers hold what was open when they began: they go first
+            reader.close()
+    over_floor = {name: [a / b for a, b in zip(values, cpu_ms["floor"], strict=True)] for name, values in cpu_ms.items()}
+    return [
+        ("cpu", "CPU ms/clip", cpu_ms),
+        ("over_floor", "ratio", over_floor),
+        ("speed", "clips/s", speed),
+        ("first_batch", "ms", first_ms),
+        ("open_and_first_batch", "ms", open_and_first_ms),
+        ("memory", "MB", memory),
+    ]
 
-    def work(thread: int) -> None:
-        for number in range(thread, num_clips, threads):
-            source.load(number, partial(_middle, frames), buffers[thread], False)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
+def _drain(way: Way, reader: Reader) -> None:
+    if (num_clips := sum(reader.clips())) != way.num_clips:
+        raise RuntimeError(f"{way.name} gave {num_clips} clips in a pass; expected {way.num_clips}")
 
 
-def _middle(frames: int, frames_valid: int) -> np.ndarray:
-    return frames_uniform(frames, frames_valid, None)
+def _start_ms(way: Way) -> tuple[float, float]:
+    """To the first batch: from what is open already, and from nothing."""
+    begin = time.perf_counter()
+    material = way.open()
+    is_open = time.perf_counter()
+    reader = way.start(material)
+    try:
+        next(reader.clips())
+        end = time.perf_counter()
+    finally:
+        reader.close()
+    return 1000 * (end - is_open), 1000 * (end - begin)
 
 
-def _table(cpu_ms: dict[str, list[float]], speed: dict[str, list[float]], ratios: dict[str, list[float]]) -> str:
-    rows = [[name, cell(cpu_ms[name], 1), cell(speed[name], 0), cell(ratios[name], 2)] for name in cpu_ms]
-    return table(["loader", "CPU ms/clip", "clips/s", "over floor"], rows)
+def _memory_mb(way: Way) -> float:
+    """The most that one pass holds, opening included."""
+    with watch_memory() as peak:
+        reader = way.start(way.open())
+        try:
+            _drain(way, reader)
+        finally:
+            reader.close()
+    return peak.mb
+
+
+def _table(names: Sequence[str], found: Mapping[str, Values]) -> str:
+    columns = {"cpu": ("CPU ms/clip", 1), "over_floor": ("over floor", 2), "speed": ("clips/s", 0)}
+    columns |= {"first_batch": ("first batch, ms", 0), "open_and_first_batch": ("with opening, ms", 0), "memory": ("memory, MB", 0)}
+    rows = [[name, *(cell(found[kind][name], digits) if name in found[kind] else "-" for kind, (_, digits) in columns.items())] for name in names]
+    return table(["loader", *(title for title, _ in columns.values())], rows)

@@ -1,4 +1,4 @@
-"""Plots of measurements as PNG, side by side: labelled points, one colour a family."""
+"""Plots of measurements as PNG: labelled points side by side, or bars with their spread; one colour a family."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure  # a figure of its own draws with Agg: no d
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 WIDTH_INCH, HEIGHT_INCH, DPI = 6.0, 4.5, 120
+BAR_WIDTH_INCH, BAR_HEIGHT_INCH, AROUND_BARS_INCH = 8.0, 0.42, 1.1
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Panel:
     y: str
     points: Sequence[Point]
     from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One measurement and its least and greatest."""
+
+    label: str
+    value: float
+    spread: tuple[float, float]
+    family: str
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> None:
@@ -65,3 +76,21 @@ def _panel(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
         axes.set_ylim(0, 1.1 * max(point.y for point in panel.points))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def draw_bars(path: Path, title: str, x: str, bars: Sequence[Bar], line: float, line_label: str) -> None:
+    """Writes horizontal bars, the first on top, each with its value and whiskers from least to greatest, and an upright line at `line`."""
+    figure = Figure(figsize=(BAR_WIDTH_INCH, AROUND_BARS_INCH + BAR_HEIGHT_INCH * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    families = list(dict.fromkeys(bar.family for bar in bars))
+    for place, bar in enumerate(bars):
+        whiskers = [[bar.value - bar.spread[0]], [bar.spread[1] - bar.value]]
+        axes.barh(place, bar.value, xerr=whiskers, color=f"C{families.index(bar.family)}", capsize=3, ecolor="0.3", height=0.65)
+        axes.annotate(f"{bar.value:.1f}", (bar.spread[1], place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.axvline(line, color="0.3", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.margins(x=0.1)
+    axes.set(title=title, xlabel=f"{x} (dashed: {line_label})")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})

@@ -6,13 +6,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from clips.errors import InputError
 from training.machine import describe
 
 
@@ -33,18 +34,29 @@ def result(name: str, unit: str, values: Sequence[float], config: dict[str, Any]
     return Result(name, middle(values), unit, len(values), (min(values), max(values)), config or {})
 
 
-def measure(tasks: dict[str, Callable[[], object]], num_clips: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """CPU ms a clip and clips/s of each task in each round, every second round backwards; one round before warms up."""
+def as_word(name: str) -> str:
+    """What a table calls `webdataset, device path`, as it stands in a result's name: webdataset_device_path."""
+    return name.replace(",", "").replace(" ", "_")
+
+
+def measure(
+    tasks: Mapping[str, Callable[[], object]], num_clips: int | Mapping[str, int], rounds: int, cpu_s: Callable[[], float] = time.process_time
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """CPU ms a clip and clips/s of each task in each round, every second round backwards; one round before warms up.
+
+    `num_clips` are those of one task, or of each; `cpu_s` the clock of CPU seconds, by default this process's own.
+    """
+    clips = num_clips if isinstance(num_clips, Mapping) else dict.fromkeys(tasks, num_clips)
     cpu_ms: dict[str, list[float]] = {name: [] for name in tasks}
     clips_per_s: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds + 1):
         for name in list(tasks)[:: 1 if number % 2 else -1]:
-            wall, cpu = time.perf_counter(), time.process_time()
+            cpu, wall = cpu_s(), time.perf_counter()
             tasks[name]()
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            wall, cpu = time.perf_counter() - wall, cpu_s() - cpu
             if number:
-                cpu_ms[name].append(1000 * cpu / num_clips)
-                clips_per_s[name].append(num_clips / wall)
+                cpu_ms[name].append(1000 * cpu / clips[name])
+                clips_per_s[name].append(clips[name] / wall)
     return cpu_ms, clips_per_s
 
 
@@ -67,6 +79,16 @@ def write_results(path: Path, results: Sequence[Result], file_system: str) -> No
     where = {"machine": machine, "file_system": file_system, "date": date.today().isoformat()}
     with path.open("a") as file:
         file.writelines(json.dumps(asdict(one) | where) + "\n" for one in results)
+
+
+def read_results(path: Path) -> dict[str, Result]:
+    """Name to the result of that name which was written last; raises InputError where the file is none of `write_results`."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        results = [Result(line["name"], line["value"], line["unit"], line["n"], tuple(line["spread"]), line["config"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected results as JSON lines, which --json of a benchmark writes ({error!r}).") from error
+    return {one.name: one for one in results}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
