@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
-from itertools import chain
+from itertools import chain, count
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from types import FrameType
 
@@ -21,13 +22,14 @@ import numpy as np
 import pytest
 
 from clips.errors import ClipError, InputError
-from loaders.beside import Beside, Job, _shared_memory
+from loaders.beside import Beside, Job, Message, _say, _shared_memory
 from loaders.decode import Effort
 from loaders.plan import Plan
 from loaders.requests import Pass, Recipe
 from loaders.sample import AugmentConfig
 from loaders.source import ClipSource, open_source
 from loaders.stream import Loader
+from tests import by_hand
 from tests.loading import MANY_SHARDS_MIB, SEED, Found, assert_same, by_key, decoding_processes, keys_in, keys_of, npz_home, opened, shards
 from tests.sources import FATAL, Crowded, Dividing, Dying, Gated
 
@@ -201,6 +203,14 @@ def test_an_error_of_ours_arrives_with_its_traceback_as_often_as_it_comes(packed
             assert seen == keys[:FATAL]
 
 
+def test_a_pass_that_was_left_is_not_decoded_to_its_end(packed: Path) -> None:
+    """Evaluation would come to the fatal clip, the rest of this epoch does not."""
+    epoch = next(epoch for epoch in count() if FATAL not in by_hand.permutation(21, "order", SEED, epoch)[16:20])
+    with opened(packed, decode_in="process", prefetch=1, look_ahead=0, around=partial(Dying, signal=0)) as loader:
+        next(loader.evaluation())
+        assert len(keys_in(loader.training(epoch, consumed=16))) == 4
+
+
 def test_a_rank_without_clips_has_an_empty_evaluation_and_too_large_a_batch_is_the_users_error(packed: Path) -> None:
     several = {"split": "val", "batch_size": 8, "micro_batch": 1, "world_size": 8}
     with opened(packed, decode_in="process", **several) as loader:  # type: ignore[arg-type]  # strings and numbers
@@ -210,12 +220,13 @@ def test_a_rank_without_clips_has_an_empty_evaluation_and_too_large_a_batch_is_t
         assert list(loader.evaluation()) == []
 
 
-def test_more_points_than_the_channel_holds_at_once(packed: Path, whole: Found) -> None:
+def test_more_points_than_the_channel_holds_at_once(packed: Path, whole: Found, capfd: pytest.CaptureFixture[str]) -> None:
     with opened(packed, decode_in="process", around=Crowded) as loader:
         for _ in range(3):
             next(loader.training(0))
         assert_same(by_key(loader.training(1)), whole)
         next(loader.training(0))
+    assert capfd.readouterr().err == ""  # though it was in the middle of a message
 
 
 def test_a_shard_that_is_gone_when_the_process_opens_it_is_the_users_error(packed: Path, tmp_path: Path) -> None:
@@ -255,6 +266,14 @@ def test_a_process_that_does_not_understand_ends_instead_of_falling_silent(packe
         with pytest.raises(InputError, match="ended with code 1"):
             list(beside.run(Pass(0)))
     assert "UnpicklingError" in capfd.readouterr().err
+
+
+def test_a_message_that_nobody_hears_ends_the_process_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    ours, theirs = Pipe()
+    theirs.close()
+    with ours, pytest.raises(SystemExit, match="0"):
+        _say(ours, Message(1))
 
 
 def test_what_pins_the_memory_is_taken_back_once(packed: Path) -> None:

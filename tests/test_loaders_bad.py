@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from clips.format import IndexEntry
 from loaders.batch import Batch
 from loaders.decode import StoredFrames
 from loaders.sample import whole_view
+from loaders.shards import _member_name
 from loaders.source import open_source
 from loaders.stream import DecodeIn
 from tests.loading import MANY_SHARDS_MIB, STORED, Found, assert_same, by_key, find_entry, flip_byte, home_for, keys_in, keys_of, npz_home, opened, shards
@@ -100,6 +102,21 @@ def test_every_flipped_byte_beside_the_frames_is_an_error_or_changes_nothing(pac
             flip_byte(path, place)
         assert load() == right
     assert set(harmless) <= set(range(148, 156))  # after the digits of a header's checksum nothing counts
+
+
+@pytest.mark.parametrize("name", ["train/a/" + 120 * "x" + ".frames.mp", "train/á/\U0001f44b.frames.mp"])
+def test_a_damaged_header_of_a_long_or_foreign_name_is_refused_or_gives_a_name(name: str) -> None:
+    """Such a name has blocks of its own, of which no checksum is kept; `decode` compares what it gives with the planned one."""
+    stream, info = io.BytesIO(), tarfile.TarInfo(name)
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info)
+        header = stream.getvalue()
+    assert len(header) == 3 * tarfile.BLOCKSIZE and _member_name(header) == name
+    for place in range(len(header)):
+        damaged = bytearray(header)
+        damaged[place] ^= 0x55
+        with suppress(tarfile.TarError, UnicodeError):
+            assert isinstance(_member_name(bytes(damaged)), str)
 
 
 @pytest.mark.parametrize("what", ["removed", "replaced"])

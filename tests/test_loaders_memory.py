@@ -116,6 +116,7 @@ def test_what_somebody_keeps_of_a_batch_is_never_written_over(homes: dict[str, P
     with opened(homes["webdataset"], spec=SPEC) as made:
         kept, copies = [], []
         for number, batch in enumerate(made.training(0)):
+            assert any(np.shares_memory(batch.video.numpy(), buffer) for buffer in made_buffers)
             if number % 2:
                 kept.append(take[part](batch))
                 copies.append(np.asarray(kept[-1]).copy())

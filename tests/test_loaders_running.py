@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -21,9 +22,14 @@ from hypothesis import strategies as st
 from clips.manifest import read_index, read_manifest
 from convert.pack import PackConfig, pack
 from loaders import decode
+from loaders.beside import Mailbox
+from loaders.decode import DecodeThreads, Effort
+from loaders.plan import Plan
+from loaders.requests import Pass, Recipe
+from loaders.sample import AugmentConfig
 from loaders.shards import GAP_BYTES, runs_of
 from loaders.source import open_source
-from tests.loading import MANY_SHARDS_MIB, assert_same, by_key, digests_of_rank, keys_in, opened, shards
+from tests.loading import MANY_SHARDS_MIB, SEED, STORED, assert_same, by_key, digests_of_rank, keys_in, opened, shards
 from tests.packing import use_threads
 from tests.sources import Busy, Gated
 
@@ -151,6 +157,20 @@ def test_no_more_clips_are_held_than_asked_for_and_none_after_a_pass_left_half_w
     decoding = 2 * (prefetch + 1)
     assert busy.most_held <= (min(2, decoding) if not look_ahead else min(20, decoding + look_ahead + 1))
     assert busy.most_held > min(20, look_ahead) // 2
+
+
+def test_a_batch_that_waits_for_a_buffer_lets_its_clips_go_with_the_pass(packed: Path) -> None:
+    """With fewer buffers than batches could be under way."""
+    ours, theirs = Pipe()
+    with closing(open_source(packed, "train")) as source, ours, theirs:
+        busy = Busy(source, scribbles=1)
+        recipe = Recipe(Plan(21, 4, 2, SEED), 5, AugmentConfig(), np.arange(21))
+        threads = DecodeThreads(busy, Mailbox(ours, np.empty((2, 2, 5, *STORED.video_shape[1:]), np.uint8)), Effort(2, 3, 4), True)
+        batches = threads.run(recipe.batches(busy, Pass(0)))
+        next(batches)
+        del batches
+        threads.close()
+    assert busy.held == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 2_000_000), st.integers(0, 200_000)), min_size=1, max_size=12))
