@@ -2,7 +2,8 @@
 
     uint8 (B, T, H, W, 3) RGB -> model -> logits (B, K)
 
-A model also has `.spec` (the ClipSpec that it takes), `.describe()` (lines for the log) and `.save(folder, class_names, note)`.
+A model also has `.spec` (the ClipSpec that it takes), `.sampling` (which frames of a snippet), `.uses_keypoints`, `.describe()` (lines
+for the log) and `.save(folder, class_names, note)`; what it costs says `models.costs.estimate`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clips.clip import ClipSpec
 from clips.errors import InputError
 from clips.registry import resolve
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:  # torch and transformers cost seconds: they are imported when
 
 __all__ = ["ARCHITECTURES", "MODELS", "ModelConfig", "architecture_of", "build_model", "load_trained"]
 
-MODELS = {  # --model-name -> (config, class_names) -> model
+MODELS = {  # --model-name -> (config, class_names, source) -> model
     "videomae": "models.videomae:pretrained",
     "timesformer": "models.timesformer:pretrained",
     "videomae-tiny": "models.videomae:tiny",
@@ -34,23 +36,26 @@ ARCHITECTURES = {  # a config.json's model_type -> the class that takes such a c
 }
 
 
-def build_model(config: ModelConfig, class_names: Sequence[str]) -> ClipClassifier:
-    """The start weights with a new head for the classes, on the CPU, in training mode."""
+def build_model(config: ModelConfig, class_names: Sequence[str], source: ClipSpec | None = None) -> ClipClassifier:
+    """The start weights with a new head for the classes, on the CPU, in training mode.
+
+    `source` is the geometry of the stored clips: --geometry full and --frames all take theirs from it.
+    """
     if config.model_name in MODELS:
-        return resolve(MODELS, config.model_name, "--model-name")(config, class_names)
+        return resolve(MODELS, config.model_name, "--model-name")(config, class_names, source)
+    from .build import from_checkpoint
     from .checkpoints import read_checkpoint
-    from .classifier import from_checkpoint
 
     checkpoint = read_checkpoint(config.model_name)
-    return from_checkpoint(architecture_of(checkpoint), checkpoint, config, class_names)
+    return from_checkpoint(architecture_of(checkpoint), checkpoint, config, class_names, source)
 
 
 def load_trained(folder: str | Path) -> tuple[ClipClassifier, tuple[str, ...]]:
     """A saved model with its head, on the CPU, in evaluation mode, and its class names in label order."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder; expected a saved model, such as the folder best of a run.")
+    from .build import from_checkpoint
     from .checkpoints import read_checkpoint
-    from .classifier import from_checkpoint
 
     checkpoint = read_checkpoint(str(Path(folder).absolute()))
     names = checkpoint.class_names()

@@ -55,7 +55,7 @@ def _dispatch(verb: str, rest: Sequence[str]) -> None:
 
 def fetch(config: Fetch) -> None:
     """Downloads, or converts into `output`; checks that a model takes it and logs what it found, with licence, size and place."""
-    from . import checkpoints, classifier, hub  # torch is not needed to print help
+    from . import build, checkpoints, hub  # torch is not needed to print help
 
     if config.output is not None and config.output.exists():
         raise InputError(f"--output {config.output}: already there; expected a new folder. Remove it or give another one.")
@@ -68,7 +68,7 @@ def fetch(config: Fetch) -> None:
     if hub.is_hub_id(name) and not local and hub.cached(name) is None:
         hub.download(name)
     checkpoint = checkpoints.read_checkpoint(name)
-    model = classifier.from_checkpoint(architecture_of(checkpoint), checkpoint, ModelConfig(name), ("a", "b"))
+    model = build.from_checkpoint(architecture_of(checkpoint), checkpoint, ModelConfig(name), ("a", "b"))
     for line in (*model.describe()[:3], *checkpoint.notes):
         logger.info("%s", line)
     place = checkpoint.folder if config.output is None else _convert(checkpoint, model, config.output)
@@ -82,9 +82,9 @@ def _convert(checkpoint: Checkpoint, model: ClipClassifier, output: Path) -> Pat
 
     temporary = output.with_name(f".{output.name}.{os.getpid()}.{secrets.token_hex(4)}")
     names = list((checkpoint.values.get("id2label") or {}).values())
-    card = folder.model_card(model.origin, model.plain_name, model.pixels, model.spec, names, None)
+    card = folder.model_card(model.origin, model.plain_name, model.pixels, model.spec, names, None, model.cautions())
     try:
-        folder.write_folder(temporary, checkpoint.values, checkpoint.tensors or {}, model.pixels, model.spec, card)
+        folder.write_folder(temporary, checkpoint.values, checkpoint.tensors or {}, model.pixels, model.spec, card, model.sampling)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,18 +11,21 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
 from clips.clip import ClipSpec
+from clips.errors import InputError
 
+from .config import Sampling
 from .keys import KEY_BIAS, SPELLINGS
 from .pixels import Pixels
 
 UNKNOWN_LICENCE = "see the start checkpoint"
+SAMPLING = "frame_sampling"  # ours, in preprocessor_config.json
 RANDOM = "random"  # the start weights of the tiny models
 
 
@@ -34,11 +37,11 @@ class Origin:
     licence: str
 
 
-def write_folder(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor], pixels: Pixels, spec: ClipSpec, card: str) -> None:
+def write_folder(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor], pixels: Pixels, spec: ClipSpec, card: str, sampling: Sampling) -> None:
     """Writes or renews the four files, each one complete or absent, the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "config.json", lambda file: file.write_text(_json(versions_agree(values)), "utf-8"))
-    _replace(folder / "preprocessor_config.json", lambda file: file.write_text(_json(processor(pixels, spec)), "utf-8"))
+    _replace(folder / "preprocessor_config.json", lambda file: file.write_text(_json(processor(pixels, spec, sampling)), "utf-8"))
     _replace(folder / "README.md", lambda file: file.write_text(card, "utf-8"))
     plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in plain_keys(tensors).items()}
     _replace(folder / "model.safetensors", lambda file: save_file(plain, file, metadata={"format": "pt"}))
@@ -72,8 +75,8 @@ def bias_of(values: Mapping[str, Any]) -> bool:
     return bool(values.get("qv_bias", values.get("qkv_bias", True)))
 
 
-def processor(pixels: Pixels, spec: ClipSpec) -> dict[str, Any]:
-    """preprocessor_config.json: what transformers' processors read, and the channel order, which they do not know."""
+def processor(pixels: Pixels, spec: ClipSpec, sampling: Sampling) -> dict[str, Any]:
+    """preprocessor_config.json: what transformers' processors read, and what they do not know, channel order and which frames."""
     return {
         "image_processor_type": "VideoMAEImageProcessor",
         "do_resize": True,
@@ -85,11 +88,28 @@ def processor(pixels: Pixels, spec: ClipSpec) -> dict[str, Any]:
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
         "channel_order": pixels.channel_order,
+        SAMPLING: sampling,
     }
 
 
-def model_card(origin: Origin, architecture: str, pixels: Pixels, spec: ClipSpec, class_names: Sequence[str], note: Mapping[str, Any] | None) -> str:
-    """README.md: licence, start weights, classes, what the model eats, how to load it, and what the caller notes."""
+def sampling_of(processor: Mapping[str, Any], name: str) -> Sampling:
+    """Which frames of a snippet the checkpoint was fine-tuned on, as far as a folder of ours says it; uniform otherwise, as both SSv2 recipes."""
+    found = processor.get(SAMPLING, "uniform")
+    if found not in get_args(Sampling):
+        raise InputError(f"{name}: {SAMPLING} is {found!r}; expected one of {', '.join(get_args(Sampling))}. Give --sampling.")
+    return found
+
+
+def model_card(
+    origin: Origin,
+    architecture: str,
+    pixels: Pixels,
+    spec: ClipSpec,
+    class_names: Sequence[str],
+    note: Mapping[str, Any] | None,
+    cautions: Sequence[str] = (),
+) -> str:
+    """README.md: licence, start weights, classes, what the model eats, how to load it, what plain transformers gets wrong, what the caller notes."""
     front = ["library_name: transformers", "pipeline_tag: video-classification"]
     if origin.name != RANDOM and origin.licence != UNKNOWN_LICENCE:
         front = [f"license: {origin.licence.lower()}", *front]
@@ -105,6 +125,7 @@ def model_card(origin: Origin, architecture: str, pixels: Pixels, spec: ClipSpec
         "",
         *("```python", f"from transformers import {architecture}", f'model = {architecture}.from_pretrained(".")', "```", ""),
     ]
+    lines += ["## Beware", "", *(f"- {caution}" for caution in cautions), ""] if cautions else []
     lines += ["## Notes", "", *(f"- {key}: {value}" for key, value in note.items()), ""] if note else []
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ POOLING = ("fc_norm.",)  # VideoMAE's norm between pooling and classifier: new w
 DECODER = ("decoder.", "encoder_to_decoder.", "mask_token")  # VideoMAE's self-supervised half
 SPELLINGS = ((".attention.attention.q_bias", ".attention.attention.query.bias"), (".attention.attention.v_bias", ".attention.attention.value.bias"))
 KEY_BIAS = ".attention.attention.key.bias"
+KEYPOINTS = ".embeddings.patch_embeddings.projection.keypoint_weight"  # ours: the fourth input channel
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def fit(name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], 
     found = {key: value for key, value in found.items() if not key.startswith(new)}
     found = respelled(name, found, wanted)
     found, key_notes = _key_biases(found, wanted)
+    found, channel_notes = _keypoints(found, wanted)
     _check(name, found, wanted)
-    return Fitted(found, (*notes, *key_notes))
+    return Fitted(found, (*notes, *key_notes, *channel_notes))
 
 
 def respelled(name: str, tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
@@ -96,6 +98,15 @@ def _key_biases(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tup
     kept = {key: tensor for key, tensor in tensors.items() if key not in extra}
     notes = (f"left out {len(extra)} key biases, which softmax cancels",) if any(bool(tensors[key].any()) for key in extra) else ()
     return {**kept, **zeros}, notes
+
+
+def _keypoints(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The fourth channel as it was trained, or as it is in the model (zero), or left out where the model has none."""
+    left_out = [key for key in tensors if key.endswith(KEYPOINTS) and key not in wanted]
+    new = {key: value for key, value in wanted.items() if key.endswith(KEYPOINTS) and key not in tensors}
+    kept = {key: tensor for key, tensor in tensors.items() if key not in left_out}
+    notes = ("left out the keypoints' channel of the checkpoint; --use-keypoints channel keeps it",) if left_out else ()
+    return {**kept, **new}, notes
 
 
 def _check(name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ class FoldedPatch(nn.Module):
     """A drop-in for the patch convolution: `weight` and `bias` are the checkpoint's own parameters, unnormalised and in its channel order."""
 
     offset: Tensor
+    keypoint_weight: nn.Parameter | None  # (D, t, p, p) of the fourth channel
 
     def __init__(self, conv: nn.Conv2d | nn.Conv3d, pixels: Pixels) -> None:
         super().__init__()
@@ -37,20 +38,32 @@ class FoldedPatch(nn.Module):
         t, p, q = self.patch
         # Repeated to the whole patch: an inner loop of length 3 would not vectorise. Integers / 64 survive .half() unrounded.
         self.register_buffer("offset", torch.tensor(self.centres, dtype=torch.float32).repeat(t * p * q) / -SCALE, persistent=False)
+        self.register_parameter("keypoint_weight", None)
 
-    def forward(self, video: Tensor) -> Tensor:
-        """Tokens (B, T/t * H/p * W/p, D) of a uint8 (B, T, H, W, 3) batch, in the order t, h, w, in the type that autocast asks for."""
+    def add_keypoints(self) -> None:
+        """A fourth channel for the joints' 0/1 masks, zero at the start. A parameter of its own: the checkpoint's keep their shape."""
+        self.keypoint_weight = nn.Parameter(self.weight.new_zeros(len(self.weight), *self.patch))
+
+    def forward(self, video: Tensor, keypoints: Tensor | None = None) -> Tensor:
+        """Tokens (B, T/t * H/p * W/p, D) of a uint8 (B, T, H, W, 3) batch, in the order t, h, w, in the type that autocast asks for.
+
+        `keypoints` uint8 (B, T, H, W) needs `add_keypoints` before.
+        """
         device = video.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         with torch.autocast(device, enabled=False):
             weight, bias = self.folded()
             pixels = torch.add(self.offset.to(dtype), self.gather(video), alpha=1 / SCALE)
-            return F.linear(pixels, weight.to(dtype), bias.to(dtype))
+            tokens = F.linear(pixels, weight.to(dtype), bias.to(dtype))
+            if keypoints is not None and self.keypoint_weight is not None:
+                # A product of its own, not a longer one: with zero weights it adds exact zeros, so a new channel changes no bit.
+                tokens = tokens + F.linear(self.gather(keypoints[..., None]).to(dtype), self.keypoint_weight.flatten(1).to(dtype))
+            return tokens
 
     def gather(self, video: Tensor) -> Tensor:
-        """The bytes of each patch side by side, uint8 (B, N, t * p * p * 3): the one copy of the clip, in runs of 3 p bytes."""
+        """The bytes of each patch side by side, uint8 (B, N, t * p * p * C): the one copy of the clip, in runs of C p bytes."""
         t, p, q = self.patch
-        split = video.unflatten(1, (-1, t)).unflatten(3, (-1, p)).unflatten(5, (-1, q))  # B, T/t, t, H/p, p, W/p, p, 3
+        split = video.unflatten(1, (-1, t)).unflatten(3, (-1, p)).unflatten(5, (-1, q))  # B, T/t, t, H/p, p, W/p, p, C
         return split.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).flatten(1, 3)
 
     def folded(self) -> tuple[Tensor, Tensor]:

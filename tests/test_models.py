@@ -73,9 +73,10 @@ def test_everything_that_is_drawn_is_seeded_and_leaves_the_global_generator_alon
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_new_head_is_normal_with_deviation_a_fiftieth_and_has_no_bias(name: str) -> None:
-    model = build_model(ModelConfig(name), [f"class {k}" for k in range(50)])
-    assert float(model.get_parameter("classifier.weight").detach().std()) == pytest.approx(0.02, rel=0.1)
+@pytest.mark.parametrize(("scale", "deviation"), [({}, 2e-5), ({"head_init_scale": 1.0}, 0.02)])
+def test_a_new_head_is_normal_and_small_and_has_no_bias(name: str, scale: dict[str, float], deviation: float) -> None:
+    model = build_model(ModelConfig(name, **scale), [f"class {k}" for k in range(50)])  # type: ignore[arg-type]  # one field's name and value
+    assert float(model.get_parameter("classifier.weight").detach().std()) == pytest.approx(deviation, rel=0.1)
     assert not model.get_parameter("classifier.bias").any()
 
 
