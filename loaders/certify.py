@@ -121,7 +121,7 @@ def read_plan(config: CertifyConfig) -> Planned:
             f"{path.name} names {expected[:12]}…. Give the folder that it was trained on, or its shards."
         )
     labels = balanced_labels(facts, source.class_names) if flags.get("balance") else None
-    plan = Plan(len(facts), flags["batch_size"], flags["batch_size"], flags["seed"], labels=labels)
+    plan = Plan(len(facts), flags["batch_size"], flags["batch_size"], flags["seed"], labels=labels, repeats=flags.get("repeats", 1))
     return Planned(facts, plan, source.class_names)
 
 

@@ -1,4 +1,4 @@
-"""RawBatch to Batch: on a GPU upload -> crop -> resize -> flip, on a CPU the decoding threads have done that already."""
+"""RawBatch to Batch: on a GPU upload -> crop -> resize -> flip -> paint, on a CPU the decoding threads have done that already."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .certificate import proof_sum, spelled
 from .decode import Outcome, RawBatch
 from .device import crop_resize_flip, to_device
 from .requests import Request
-from .sample import View, move_points
+from .sample import View, move_points, whole_view
 from .source import ClipSource
 
 
@@ -33,8 +33,9 @@ class Finisher:
 
     def finish(self, raw: RawBatch, epoch: int | None) -> Batch:
         facts = self.source.facts
-        views = [request.view for request in raw.requests]
         loaded = [outcome.loaded for outcome in raw.outcomes]
+        unpainted = whole_view(self.source.stored.height, self.source.stored.width)  # a clip that could not be read stays zeros
+        views = [request.view if clip else unpainted for request, clip in zip(raw.requests, loaded, strict=True)]
         planned = [facts[request.number] for request in raw.requests]
         labels = [clip.label if clip else fact.label for clip, fact in zip(loaded, planned, strict=True)]
         keypoints = self._masks(raw, views) if self.with_points else None

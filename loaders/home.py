@@ -27,6 +27,13 @@ class Home:
     def class_names(self) -> tuple[str, ...]:
         return self.sources["train"].class_names
 
+    @property
+    def class_counts(self) -> list[int]:
+        """Training clips of each class, as often as training sees them: all equal where epochs are balanced."""
+        facts = self.sources["train"].facts
+        counts = np.bincount([facts[number].label for number in self.subset], minlength=len(self.class_names)).tolist()
+        return [1] * len(counts) if self.labels is not None else counts
+
     def fingerprints(self) -> dict[str, str]:
         """Of each split, sha256 of keys and labels: the same from npz and from shards."""
         parts = {split: source.facts for split, source in self.sources.items()} | {"train": [self.sources["train"].facts[number] for number in self.subset]}

@@ -33,6 +33,8 @@ class OrderConfig:
     """The training's share of the clips."""
     balance: bool = False
     """As many clips of each class as the smallest has, none twice in an epoch."""
+    repeats: int = 1
+    """Times that a step holds each of its clips, as --repeats of train.py."""
 
     def __post_init__(self) -> None:
         if self.epoch < 0:
@@ -55,7 +57,7 @@ def order_lines(config: OrderConfig) -> Iterator[str]:
     facts = [source.facts[number] for number in fraction(source.facts, config.fraction)]
     labels = balanced_labels(facts, source.class_names) if config.balance else None
     rank_batch = max(1, config.batch_size // config.world_size)
-    plan = Plan(len(facts), config.batch_size, rank_batch, config.seed, world_size=config.world_size, labels=labels)
+    plan = Plan(len(facts), config.batch_size, rank_batch, config.seed, world_size=config.world_size, labels=labels, repeats=config.repeats)
     plan.check_epoch()
     for step, part in enumerate(replace(plan, micro_batch=config.batch_size, world_size=1).training(config.epoch)):
         for rank in range(config.world_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ class Plan:
     """One split's order. `batch_size` is the clips of one optimiser step over all ranks; `micro_batch` what a rank sees at once.
 
     With `labels`, int (num_clips,) of 0 … K−1, training is balanced: an epoch holds as many clips of every class as the smallest one has.
+    With `repeats` each clip of an epoch comes that many times in a row, in one step; position % repeats tells them apart (Hoffer et al. 2020).
     """
 
     num_clips: int
@@ -35,6 +37,7 @@ class Plan:
     rank: int = 0
     world_size: int = 1
     labels: np.ndarray | None = None
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.num_clips < 1:
@@ -46,6 +49,8 @@ class Plan:
                 f"--micro-batch {self.micro_batch}: expected a divisor of the {self.rank_batch} clips of a rank's step "
                 f"(--batch-size {self.batch_size} over {self.world_size} ranks)."
             )
+        if self.repeats < 1 or self.batch_size % self.repeats:
+            raise InputError(f"--repeats {self.repeats}: expected a divisor of --batch-size {self.batch_size}, which counts every repeat.")
         if self.labels is not None and self.labels.shape != (self.num_clips,):
             raise ValueError(f"labels of shape {self.labels.shape} for {self.num_clips} clips")
         if min(self._class_clips, default=1) == 0:
@@ -63,7 +68,12 @@ class Plan:
 
     @property
     def epoch_clips(self) -> int:
-        """The clips of an epoch's order, with those that its last full batch leaves out: all, or as many of each class as the smallest has."""
+        """The clips of an epoch's order, with those that its last full batch leaves out: all, or as many of each class as the smallest has; times repeats."""
+        return self.repeats * self._different_clips
+
+    @property
+    def _different_clips(self) -> int:
+        """The same without repeats."""
         return len(self._class_clips) * min(self._class_clips) if self._class_clips else self.num_clips
 
     @cached_property
@@ -74,17 +84,18 @@ class Plan:
     def order(self, epoch: int) -> np.ndarray:
         """int64 (epoch_clips,): the epoch's order of clips; those after the last full batch are left out, others each epoch."""
         chosen = None if self.labels is None else self._balanced(epoch)
-        order = permutation(self.epoch_clips, "order", self.seed, epoch)
-        return order if chosen is None else chosen[order]
+        order = permutation(self._different_clips, "order", self.seed, epoch)
+        order = order if chosen is None else chosen[order]
+        return order if self.repeats == 1 else np.repeat(order, self.repeats)
 
     def _balanced(self, epoch: int) -> np.ndarray:
-        """int64 (epoch_clips,): the epoch's clips, class by class.
+        """int64 (clips of an epoch without repeats,), class by class.
 
         A class goes through its clips in cycles, each a shuffle of its own; a cycle is cut into as many whole stretches as it has room for, and an epoch
         takes one. So no clip comes twice in an epoch, nor again before every stretch has had its turn; what is left over differs from cycle to cycle.
         """
         taken = min(self._class_clips)
-        chosen = np.empty(self.epoch_clips, np.int64)
+        chosen = np.empty(self._different_clips, np.int64)
         for label, count in enumerate(self._class_clips):
             cycle, stretch = divmod(epoch, count // taken)
             shuffled = permutation(count, "balance", self.seed, label, cycle)[stretch * taken : (stretch + 1) * taken]
@@ -95,6 +106,7 @@ class Plan:
         """Raises InputError where an epoch has no full batch."""
         if self.steps_per_epoch == 0:
             holder = "the split" if self.labels is None else "an epoch of balanced classes"
+            holder += f", each clip {self.repeats} times" * (self.repeats > 1)
             raise InputError(
                 f"--batch-size {self.batch_size}: larger than {holder}, which holds {self.epoch_clips} clips. "
                 f"Expected at most {self.epoch_clips - self.epoch_clips % self.world_size}."
@@ -111,6 +123,11 @@ class Plan:
             for offset in range(0, self.rank_batch, self.micro_batch):
                 positions = np.arange(begin + offset, begin + offset + self.micro_batch)
                 yield Part(order[positions], positions)
+
+    @property
+    def evaluation_rounds(self) -> int:
+        """The most batches that a rank has in an evaluation."""
+        return math.ceil(math.ceil(self.num_clips / self.world_size) / self.micro_batch)
 
     def evaluation(self) -> Iterator[Part]:
         """This rank's batches of one pass in which each clip comes exactly once over all ranks; the last may be short or absent.

@@ -9,16 +9,21 @@ from functools import partial
 import numpy as np
 
 from .plan import Part, Plan
-from .sample import AugmentConfig, View, frames_uniform, hflip_chance, random_view, training_draws, whole_view
+from .sample import AugmentConfig, View, choose_frames, hflip_chance, painted, random_view, training_draws
 from .source import ChooseFrames, ClipSource
+from .views import ONE_VIEW, Views, all_views
 
 
 @dataclass(frozen=True)
 class Pass:
-    """An epoch of training from the position `consumed` (clips of finished steps) on; an epoch of None is one pass of evaluation."""
+    """An epoch of training from the position `consumed` (clips of finished steps) on; an epoch of None is one pass of evaluation.
+
+    In evaluation each micro-batch comes once for each of its clips' `views`, these one after another.
+    """
 
     epoch: int | None
     consumed: int = 0
+    views: Views = ONE_VIEW
 
 
 @dataclass(frozen=True)
@@ -39,23 +44,24 @@ class Recipe:
     num_frames: int
     augment: AugmentConfig
     subset: np.ndarray = field(compare=False)
+    sampling: str = "uniform"
 
     def batches(self, source: ClipSource, asked: Pass) -> Iterator[Sequence[Request]]:
         """This rank's micro-batches."""
         hflip = hflip_chance(self.augment, source.class_names)
-        parts = self.plan.evaluation() if asked.epoch is None else self.plan.training(asked.epoch, asked.consumed)
-        return (list(self._requests(source, asked.epoch, part, hflip)) for part in parts)
+        if asked.epoch is None:
+            views = all_views(asked.views, self.num_frames, source.stored.height, source.stored.width)
+            return (list(self._seen(part, draws, view)) for part in self.plan.evaluation() for draws, view in views)
+        return (list(self._requests(source, asked.epoch, part, hflip)) for part in self.plan.training(asked.epoch, asked.consumed))
 
-    def _requests(self, source: ClipSource, epoch: int | None, part: Part, hflip: float) -> Iterator[Request]:
+    def _seen(self, part: Part, draws: np.ndarray | None, view: View) -> Iterator[Request]:
+        for number, position in zip(self.subset[part.numbers].tolist(), part.positions.tolist(), strict=True):
+            yield Request(number, position, partial(choose_frames, self.sampling, self.num_frames, draws), view)
+
+    def _requests(self, source: ClipSource, epoch: int, part: Part, hflip: float) -> Iterator[Request]:
         height, width = source.stored.height, source.stored.width
         for number, position in zip(self.subset[part.numbers].tolist(), part.positions.tolist(), strict=True):
-            if epoch is None:
-                yield Request(number, position, partial(_frames, self.num_frames, None), whole_view(height, width))
-            else:
-                frame_draws, view_draws = training_draws(self.num_frames, self.plan.seed, epoch, source.facts[number].key)
-                view = random_view(height, width, view_draws, self.augment, hflip)
-                yield Request(number, position, partial(_frames, self.num_frames, frame_draws), view)
-
-
-def _frames(num_frames: int, draws: np.ndarray | None, frames_valid: int) -> np.ndarray:
-    return frames_uniform(num_frames, frames_valid, draws)
+            chance = (self.plan.seed, epoch, source.facts[number].key, position % self.plan.repeats)
+            frame_draws, view_draws = training_draws(self.num_frames, *chance)
+            view = painted(random_view(height, width, view_draws, self.augment, hflip), self.augment, *chance)
+            yield Request(number, position, partial(choose_frames, self.sampling, self.num_frames, frame_draws), view)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from clips.errors import InputError
 from clips.mix import uniforms
+
+from .colour import LOOK_DRAWS, Colour, Erasure, random_colour, random_erasure
 
 CROP_TRIES = 10
 DRAWS = 1 + 4 * CROP_TRIES  # one for the flip, then four a try: area, shape, place down and across
@@ -25,6 +27,12 @@ class AugmentConfig:
     """The crop's width over its height."""
     hflip: float | None = None
     """Chance of a left-right flip; default: 0.5, or 0 where a class name says left or right."""
+    colour: float = 0.0
+    """Brightness, contrast and saturation of a clip times up to 1 ± this, hue turned by up to a quarter of it; 0 is none, 0.4 is common."""
+    strength: float = 0.0
+    """RandAugment's strength, 0 (none) to 10: two changes of brightness, contrast, saturation, hue, solarize and posterize for each clip."""
+    erasing: float = 0.0
+    """Chance that a box of a clip, the same in all its frames, is painted over, and the joints in it with it."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -34,6 +42,12 @@ class AugmentConfig:
             raise InputError(f"--crop-ratio {self.crop_ratio[0]} {self.crop_ratio[1]}: expected 0 < low <= high.")
         if self.hflip is not None and not 0 <= self.hflip <= 1:
             raise InputError(f"--hflip {self.hflip}: expected 0 … 1.")
+        if not 0 <= self.colour <= 1:
+            raise InputError(f"--colour {self.colour}: expected 0 (none) to 1.")
+        if not 0 <= self.strength <= 10:
+            raise InputError(f"--strength {self.strength}: expected 0 (none) to 10.")
+        if not 0 <= self.erasing <= 1:
+            raise InputError(f"--erasing {self.erasing}: expected 0 … 1.")
 
 
 @dataclass(frozen=True)
@@ -48,10 +62,12 @@ class Box:
 
 @dataclass(frozen=True)
 class View:
-    """What is taken from a clip: the crop and flip are the same for all its frames and for the keypoints."""
+    """What is taken from a clip and how it is painted, in this order: the same for all its frames, and for the keypoints as far as these have pixels."""
 
     box: Box
     flip: bool
+    colour: Colour | None = None
+    erasure: Erasure | None = None
 
 
 def frames_uniform(num_frames: int, frames_valid: int, draws: np.ndarray | None) -> np.ndarray:
@@ -68,6 +84,20 @@ def frames_uniform(num_frames: int, frames_valid: int, draws: np.ndarray | None)
     begin, length = borders[:-1], np.diff(borders)
     inside = length // 2 if draws is None else np.floor(draws * length).astype(np.int64)
     return begin + inside
+
+
+def frames_consecutive(num_frames: int, frames_valid: int, place: float) -> np.ndarray:
+    """int64 (num_frames,): frames one after another, `place` in [0, 1) of the way from the first possible window to the last."""
+    if num_frames >= frames_valid:
+        return frames_uniform(num_frames, frames_valid, None)
+    return int(place * (frames_valid - num_frames + 1)) + np.arange(num_frames)
+
+
+def choose_frames(sampling: str, num_frames: int, draws: np.ndarray | None, frames_valid: int) -> np.ndarray:
+    """int64 (num_frames,): uniform, or one window, dense at the place of the first draw, centre in the middle; without draws all are in the middle."""
+    if sampling == "uniform":
+        return frames_uniform(num_frames, frames_valid, draws)
+    return frames_consecutive(num_frames, frames_valid, float(draws[0]) if sampling == "dense" and draws is not None else 0.5)
 
 
 def training_draws(num_frames: int, seed: int, epoch: int, key: str, repeat: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -89,13 +119,21 @@ def random_view(height: int, width: int, draws: np.ndarray, config: AugmentConfi
     return View(Box(0, 0, height, width), flip)
 
 
+def painted(view: View, config: AugmentConfig, seed: int, epoch: int, key: str, repeat: int = 0) -> View:
+    """The view with the clip's own chance of colours and of an erased box; the same one where there are none."""
+    if not (config.colour or config.strength or config.erasing):
+        return view
+    draws = uniforms(LOOK_DRAWS, "look", seed, epoch, key, repeat)
+    return replace(view, colour=random_colour(draws, config.colour, config.strength), erasure=random_erasure(draws, config.erasing))
+
+
 def whole_view(height: int, width: int) -> View:
     """The whole frame: a centre crop of 224 of 320 keeps 71 % of the joints and cuts hands off."""
     return View(Box(0, 0, height, width), False)
 
 
 def move_points(points: np.ndarray, view: View, stored: tuple[int, int], source: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """int64 (M, 3) of t, y, x after crop, resize and flip: the pixel that each point's centre falls into; those outside are dropped.
+    """int64 (M, 3) of t, y, x after crop, resize, flip and erasure: the pixel that each point's centre falls into; those outside or erased are dropped.
 
     `points` (N, 3) are in `source` (height, width) coordinates, the view's box in `stored` ones, the result in `size` ones.
     In whole numbers of 1 / (2 source) stored pixels: with floats a centre on an edge fell to either side.
@@ -107,7 +145,12 @@ def move_points(points: np.ndarray, view: View, stored: tuple[int, int], source:
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     rows, columns = y[inside] * size[0] // height, x[inside] * size[1] // width
     columns = size[1] - 1 - columns if view.flip else columns
-    return np.stack([points[inside, 0], rows, columns], axis=1)
+    moved = np.stack([points[inside, 0], rows, columns], axis=1)
+    if view.erasure is None:
+        return moved
+    down, across = view.erasure.of(*size)
+    erased = (rows >= down.start) & (rows < down.stop) & (columns >= across.start) & (columns < across.stop)
+    return moved[~erased]
 
 
 def hflip_chance(config: AugmentConfig, class_names: tuple[str, ...]) -> float:

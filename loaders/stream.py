@@ -9,7 +9,7 @@ clips over ranks, and cannot resume.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from .plan import Plan
 from .requests import Pass, Recipe
 from .sample import AugmentConfig
 from .source import ClipSource
+from .views import ONE_VIEW, Views
 
 MAX_THREADS = 8
 LOOK_AHEAD = 32
@@ -91,20 +92,21 @@ class Loader:
         device: torch.device,
         threads: int,
         prefetch: int = 2,
-        subset: list[int] | None = None,
+        subset: Sequence[int] | None = None,
         augment: AugmentConfig | None = None,
         with_points: bool = False,
         look_ahead: int = LOOK_AHEAD,
         decode_in: DecodeIn = "auto",
         stage_dir: Path | None = None,
         max_bad_clips: int = 0,
+        sampling: str = "uniform",
     ) -> None:
         self.source, self.plan, self.spec = source, plan, spec
         numbers = np.asarray(subset if subset is not None else range(len(source.facts)))
         if len(numbers) != plan.num_clips:
             raise ValueError(f"a plan of {plan.num_clips} clips for {len(numbers)}")
         self._max_bad_clips = max_bad_clips
-        recipe = Recipe(plan, spec.frames, augment or AugmentConfig(), numbers)
+        recipe = Recipe(plan, spec.frames, augment or AugmentConfig(), numbers, sampling)
         effort = Effort(threads, prefetch, look_ahead)
         beside = decode_in == "process" or (decode_in == "auto" and device.type == "cuda")
         finished = not beside and device.type == "cpu"
@@ -120,21 +122,24 @@ class Loader:
         """
         return self._batches(Pass(epoch, consumed))
 
-    def evaluation(self) -> Iterator[Batch]:
-        """This rank's share of one pass over every clip: whole frames, the middle of each segment, no chance."""
-        return self._batches(Pass(None))
+    def evaluation(self, views: Views = ONE_VIEW) -> Iterator[Batch]:
+        """This rank's share of one pass over every clip, without chance; a batch comes once for each of the views, one after another.
+
+        The first view, and the only one by default, is of whole frames and the middle of each segment.
+        """
+        return self._batches(Pass(None, views=views))
 
     def _batches(self, asked: Pass) -> Iterator[Batch]:
         pipeline = webdataset.DataPipeline(lambda: self._run(asked), partial(self._finished, asked.epoch))
         return iter(pipeline)
 
     def _finished(self, epoch: int | None, batches: Iterator[RawBatch]) -> Iterator[Batch]:
-        num_bad = 0
+        bad: set[int] = set()  # a clip counts once, in however many views it comes
         for raw in batches:
             batch = self._finisher.finish(raw, epoch)
-            num_bad += len(batch.bad)
-            if num_bad > self._max_bad_clips:
-                budget = f" That is bad clip {num_bad} of a pass; --max-bad-clips allows {self._max_bad_clips}." if self._max_bad_clips else ""
+            bad |= {clip.position for clip in batch.bad}
+            if len(bad) > self._max_bad_clips:
+                budget = f" That is bad clip {len(bad)} of a pass; --max-bad-clips allows {self._max_bad_clips}." if self._max_bad_clips else ""
                 raise ClipError(batch.bad[-1].reason + budget)
             yield batch
 

@@ -269,6 +269,26 @@ def test_a_class_without_clips_cannot_be_balanced_and_is_named() -> None:
         Plan(3, 1, 1, 0, labels=balanced_labels(facts_with([0, 2, 2])))
 
 
+@often
+@given(shapes(), st.sampled_from([2, 3]))
+def test_repeats_bring_each_clip_of_a_step_that_many_times_in_a_row_in_the_order_without_them(shape: Shape, repeats: int) -> None:
+    plan = replace(shape.single(), batch_size=shape.batch_size * repeats, micro_batch=shape.batch_size * repeats, repeats=repeats)
+    assert (plan.steps_per_epoch, plan.epoch_clips) == (shape.steps, shape.epoch_clips * repeats)
+    assert plan.order(shape.epoch).tolist() == [number for number in order_by_hand(shape, shape.epoch) for _ in range(repeats)]
+    for with_repeats, without in zip(plan.training(shape.epoch), shape.single().training(shape.epoch), strict=True):
+        assert with_repeats.numbers.tolist() == [number for number in without.numbers.tolist() for _ in range(repeats)]
+    ranks = [replace(shape.plan(rank), batch_size=plan.batch_size, repeats=repeats) for rank in range(shape.ranks)]
+    assert sorted(pair for one in ranks for pair in placed(one.training(shape.epoch))) == placed(plan.training(shape.epoch))
+    assert placed(plan.training(shape.epoch, plan.batch_size)) == placed(plan.training(shape.epoch))[plan.batch_size :]
+    assert placed(plan.evaluation()) == [(number, number) for number in range(shape.num_clips)]
+
+
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_repeats_that_do_not_divide_the_batch_are_an_error(repeats: int) -> None:
+    with pytest.raises(InputError, match=f"--repeats {repeats}: expected a divisor of --batch-size 8"):
+        Plan(9, 8, 8, 0, repeats=repeats)
+
+
 @pytest.mark.parametrize("balance", [False, True])
 def test_an_order_of_many_clips_costs_few_bytes_each(balance: bool) -> None:
     """Measured: 16 bytes a clip, 19 balanced; ten million take 2.3 and 3.4 s of a core and a process of 183 and 259 MB."""

@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 
 from clips.errors import InputError
 from clips.format import ClipFacts
+from loaders.colour import LOOK_DRAWS
 from loaders.sample import (
     DRAWS,
     AugmentConfig,
     Box,
     View,
+    choose_frames,
     frames_uniform,
     hflip_chance,
     move_points,
+    painted,
     random_view,
     training_draws,
     whole_view,
@@ -100,6 +103,18 @@ def test_draws_belong_to_seed_epoch_key_and_repeat() -> None:
     assert one.tolist() == by_hand.uniforms(16, "frames", 3, 5, "train/a/1", 0) + by_hand.uniforms(DRAWS, "view", 3, 5, "train/a/1", 0)
     for other in ((4, 5, "train/a/1", 0), (3, 6, "train/a/1", 0), (3, 5, "train/a/2", 0), (3, 5, "train/a/1", 1)):
         assert not set(one) & set(np.concatenate(training_draws(16, *other)))
+
+
+def test_paint_has_draws_of_its_own_so_that_crops_stay_where_they_were() -> None:
+    chance = (3, 5, "train/a/1", 0)
+    view = random_view(24, 32, training_draws(1, *chance)[1], AugmentConfig(), 0.5)
+    found = painted(view, AugmentConfig(colour=0.4, erasing=1), *chance)
+    assert (found.box, found.flip) == (view.box, view.flip) and found.colour and found.erasure
+    draws = by_hand.uniforms(LOOK_DRAWS, "look", *chance)
+    assert found.erasure.fill == tuple(int(256 * draw) for draw in draws[-3:])
+    for other in ((4, 5, "train/a/1", 0), (3, 6, "train/a/1", 0), (3, 5, "train/a/2", 0), (3, 5, "train/a/1", 1)):
+        assert painted(view, AugmentConfig(colour=0.4, erasing=1), *other).erasure != found.erasure
+    assert found == painted(view, AugmentConfig(colour=0.4, erasing=1), *chance)
 
 
 def drawn_views(height: int, width: int, config: AugmentConfig, hflip: float = 0.5) -> list[View]:
@@ -282,3 +297,13 @@ def test_a_fraction_outside_0_to_1_is_an_error(share: float) -> None:
 
 def test_the_whole_is_every_clip() -> None:
     assert fraction(facts_of([5, 1]), 1.0) == list(range(6))
+
+
+def test_dense_frames_are_a_window_anywhere_and_centre_ones_in_the_middle() -> None:
+    draws = np.array([0.0, 0.9, 0.9])
+    assert choose_frames("dense", 3, draws, 10).tolist() == [0, 1, 2]
+    assert choose_frames("dense", 3, np.array([0.999, 0, 0]), 10).tolist() == [7, 8, 9]
+    assert choose_frames("centre", 3, draws, 10).tolist() == choose_frames("dense", 3, None, 10).tolist() == [4, 5, 6]
+    assert {int(choose_frames("dense", 3, np.array([draw]), 10)[0]) for draw in np.linspace(0, 0.999, 100)} == set(range(8))
+    assert choose_frames("dense", 4, draws, 3).tolist() == choose_frames("uniform", 4, draws, 3).tolist() == [0, 1, 2, 2]
+    assert choose_frames("uniform", 3, draws, 9).tolist() == frames_uniform(3, 9, draws).tolist()

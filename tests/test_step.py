@@ -31,6 +31,7 @@ class Clips:
     label: torch.Tensor
     weight: torch.Tensor
     slowest: Slowest = NOTHING
+    keypoints: torch.Tensor | None = None
 
     def split(self, sizes: list[int]) -> list[Clips]:
         """The same clips as micro-batches."""

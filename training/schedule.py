@@ -17,7 +17,7 @@ class ScheduleConfig:
     """How the learning rate runs over the training."""
 
     lr: float = 5e-4
-    """Peak learning rate for a batch of 256 clips; the rate used is lr x batch size / 256, whatever the number of GPUs."""
+    """Peak learning rate for a batch of 256 clips; the rate used is lr x batch size / 256, whatever the number of GPUs, repeats of a clip not counted."""
     sched: Literal["multistep", "cosine"] = "multistep"
     """multistep: times --lr-gamma at each of --lr-milestones; cosine: from the peak down to --min-lr."""
     lr_milestones: tuple[int, ...] = (35, 80)
@@ -45,7 +45,7 @@ class ScheduleConfig:
 
 
 def lr_at(step: int, steps_per_epoch: int, epochs: int, batch_size: int, config: ScheduleConfig) -> float:
-    """The learning rate of optimiser step `step` (from 0); `batch_size` is the clips of one step over all ranks."""
+    """The learning rate of optimiser step `step` (from 0); `batch_size` is the different clips of one step over all ranks."""
     scale = batch_size / BASE_BATCH_SIZE
     peak = config.lr * scale
     warmup = warmup_steps(steps_per_epoch, epochs, config)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from inspect import signature
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .distributed import Group
 from .meter import Meter, Slowest
-from .precision import Precision
+from .mixing import losses
+from .precision import Precision, largest_micro_batch
 
 
 class Labelled(Protocol):
-    """What is used of a batch: uint8 clips (B, T, H, W, 3), label int64 (B,), weight (B,), 0 for a clip that could not be read."""
+    """What is used of a batch: uint8 clips (B, T, H, W, 3), masks (B, T, H, W) or None, label int64 (B,), weight (B,), 0 for a clip that could not be read."""
 
     @property
     def video(self) -> torch.Tensor: ...
+
+    @property
+    def keypoints(self) -> torch.Tensor | None: ...
 
     @property
     def label(self) -> torch.Tensor: ...
@@ -32,20 +36,34 @@ class Labelled(Protocol):
     def slowest(self) -> Slowest: ...
 
 
-def gradients(model: nn.Module, batches: Iterator[Labelled], num_batches: int, rank_batch: int, precision: Precision, meter: Meter) -> torch.Tensor:
+LabelledBatch = TypeVar("LabelledBatch", bound=Labelled)
+
+
+def gradients(
+    model: nn.Module,
+    batches: Iterator[LabelledBatch],
+    num_batches: int,
+    rank_batch: int,
+    precision: Precision,
+    meter: Meter,
+    mix: Callable[[LabelledBatch], torch.Tensor] | None = None,
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Adds the gradients of the mean loss over this rank's `rank_batch` clips, and gives that loss, fp32 on the device.
+
+    `mix` may change a micro-batch's clips in place and gives its targets (B, K); without it they are the labels.
 
     DistributedDataParallel then means over the ranks, once a step: earlier micro-batches do not communicate.
     """
     total: torch.Tensor | None = None
     for number in range(num_batches):
         batch = meter.take(batches)
+        targets = mix(batch) if mix else batch.label
         wait = isinstance(model, DistributedDataParallel) and number < num_batches - 1
         with cast(DistributedDataParallel, model).no_sync() if wait else nullcontext():
             with precision.autocast():
-                logits = model(batch.video)
-            losses = F.cross_entropy(logits.float(), batch.label, reduction="none") * batch.weight
-            loss = losses.sum() / rank_batch
+                logits = model(batch.video) if batch.keypoints is None else model(batch.video, batch.keypoints)
+            loss = (losses(logits, targets, class_weights) * batch.weight).sum() / rank_batch
             precision.backward(loss)
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:
@@ -57,6 +75,18 @@ def in_parallel(model: nn.Module) -> DistributedDataParallel:
     """The model with gradients meant over the ranks. Its buffers are tables that never change: they are not sent before each forward."""
     flag = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters else "broadcast_buffers"
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})  # type: ignore[arg-type]  # torch 2.13 renamed the flag
+
+
+def choose_micro_batch(
+    model: nn.Module, clip_shape: tuple[int, ...], rank_batch: int, unit: int, precision: Precision, group: Group, saved: Mapping[str, Any] | None
+) -> int:
+    """All of a rank's step on a CPU; on a GPU the most clips whose step fits in its memory, in whole units, the least over all ranks, found once."""
+    if group.device.type != "cuda":
+        return rank_batch
+    if saved and saved["gpu"] == torch.cuda.get_device_name(group.device) and rank_batch % saved["micro_batch"] == 0 and saved["micro_batch"] % unit == 0:
+        return int(saved["micro_batch"])
+    found = unit * largest_micro_batch(lambda units: fits(model, clip_shape, units * unit, precision), rank_batch // unit)
+    return min(group.gather_objects(found))
 
 
 def fits(model: nn.Module, clip_shape: tuple[int, ...], size: int, precision: Precision) -> bool:
