@@ -18,7 +18,7 @@ from clips.errors import InputError
 from clips.format import ClipFacts
 from loaders.batch import BadClip
 from training.distributed import Group
-from training.evaluation import Scores, in_words, metrics_of, prediction_rows, probabilities
+from training.evaluation import Scores, in_words, judged_of, metrics_of, prediction_rows, probabilities, scored
 from training.metrics import Prediction, evaluate
 from training.precision import Precision
 
@@ -35,6 +35,7 @@ class Clips:
     video: torch.Tensor
     number: Sequence[int]
     bad: Sequence[BadClip] = ()
+    keypoints: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,13 +82,13 @@ def alone(num_clips: int) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def on_ranks(num_clips: int, *shares: list[Clips], max_bad_clips: int = 0) -> list[np.ndarray]:
+def on_ranks(num_clips: int, *shares: list[Clips], max_bad_clips: int = 0, num_views: int = 1) -> list[np.ndarray]:
     """What each rank gives, each with its own model and its share of the batches."""
     table, barrier = [None] * len(shares), Barrier(len(shares))
 
     def work(rank: int) -> np.ndarray:
         group = Thread(rank, len(shares), rank, CPU, "torchrun", table=table, barrier_of_all=barrier)
-        return probabilities(models[rank], shares[rank], num_clips, FP32, group, max_bad_clips).probabilities
+        return probabilities(models[rank], shares[rank], num_clips, FP32, group, max_bad_clips, num_views).probabilities
 
     models = [copy.deepcopy(model) for model in [tiny()] * len(shares)]
     with ThreadPoolExecutor(len(shares)) as pool:
@@ -133,6 +134,65 @@ def test_a_missing_a_doubled_and_a_foreign_clip_are_errors(numbers: list[int], m
 def test_a_clip_that_two_ranks_evaluated_is_an_error() -> None:
     with pytest.raises(ValueError, match="4 clips were evaluated, 3 of them different"):
         on_ranks(3, batches([0, 1]), batches([2, 1]))
+
+
+def shifted(clips: Clips, shift: int) -> Clips:
+    """The same clips seen otherwise."""
+    return replace(clips, video=clips.video + shift)  # bytes wrap around
+
+
+def test_a_clips_probabilities_are_the_mean_over_its_views_whatever_their_order_and_rank() -> None:
+    views = [[shifted(clips, shift) for clips in batches([4, 1], [6, 0, 3], [2], [5])] for shift in (0, 40, 90)]
+    each = [probabilities(tiny(), view, 7, FP32, ALONE).probabilities.astype(np.float64) for view in views]
+    assert np.abs(each[0] - each[1]).max() > 0.01  # otherwise a single view could pass
+    expected = np.mean(each, axis=0)
+    one_by_one = [clips for view in views for clips in view]
+    in_a_row = [clips for same in zip(*views, strict=True) for clips in same]
+    for order in (one_by_one, in_a_row):
+        found = probabilities(tiny(), order, 7, FP32, ALONE, num_views=3).probabilities
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for found in on_ranks(7, in_a_row[::2], in_a_row[1::2], num_views=3):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_clip_without_one_of_its_views_is_an_error() -> None:
+    with pytest.raises(ValueError, match="3 clips were evaluated, 2 of them different; expected each of 2 2 times"):
+        probabilities(tiny(), batches([0, 1], [1]), 2, FP32, ALONE, num_views=2)
+    with pytest.raises(ValueError, match="4 clips were evaluated, 2 of them different; expected each of 2 2 times"):
+        probabilities(tiny(), batches([0, 1], [1], [1]), 2, FP32, ALONE, num_views=2)
+    with pytest.raises(ValueError, match="2 clips were evaluated, 2 of them different; expected each of 2 2 times"):
+        probabilities(tiny(), batches([0, 1]), 2, FP32, ALONE, num_views=2)
+
+
+def test_a_clip_unread_in_one_view_is_left_out_and_counts_once() -> None:
+    first, second = batches([0, 1, 2]), batches([0, 1, 2])
+    share = [replace(first[0], bad=[unread(1)]), second[0], replace(second[0], bad=[unread(1)])]
+    found = probabilities(tiny(), share, 3, FP32, ALONE, max_bad_clips=1, num_views=3)
+    assert list(found.unread) == [1] and np.isnan(found.probabilities[1]).all()
+    np.testing.assert_allclose(found.probabilities[[0, 2]], alone(3)[[0, 2]], rtol=1e-5)
+
+
+def test_the_model_comes_back_in_its_mode_also_when_nobody_takes_all_batches() -> None:
+    model = tiny().train()
+    rows = scored(model, batches([0], [1]), FP32)
+    clips, found = next(rows)
+    assert clips.number == [0] and not model.training and not found.requires_grad
+    rows.close()
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_the_model_sees_the_joints_of_a_batch_that_has_some() -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    class Sees(nn.Module):
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            seen.append(inputs)
+            return torch.zeros(len(inputs[0]), 2)
+
+    with_joints = replace(batches([0])[0], keypoints=torch.ones((1, 1, 2, 2), dtype=torch.uint8))
+    probabilities(Sees(), [with_joints, *batches([1])], 2, FP32, ALONE)
+    assert [len(inputs) for inputs in seen] == [2, 1] and seen[0][1] is with_joints.keypoints
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -191,6 +251,15 @@ def test_clips_that_were_not_read_have_no_probabilities_and_are_left_out_of_the_
     assert [row.probabilities is None for row in prediction_rows(facts, "val", scores)] == [False, True, False, False, True]
 
 
+def test_what_is_judged_are_the_clips_that_were_read_with_their_sources() -> None:
+    facts = [ClipFacts(f"clip{number}", number % 2, f"source{number}", None, None, None, 5) for number in range(4)]
+    scores = np.array([[0.25, 0.75], [np.nan, np.nan], [0.5, 0.5], [1, 0]], np.float32)
+    found = judged_of(facts, Scores(scores, {1: "clip 1 is damaged"}), CLASSES, "gesture")
+    assert (found.labels.tolist(), found.sources, found.counted) == ([0, 0, 1], ["source0", "source2", "source3"], [1])
+    assert found.probabilities.dtype == np.float64 and found.probabilities.tolist() == [[0.25, 0.75], [0.5, 0.5], [1, 0]]
+    assert found.predictions.tolist() == [1, 0, 0]  # of equals the earlier
+
+
 def test_bad_clips_of_all_ranks_count_against_one_budget() -> None:
     shares = [[replace(batches([0, 1])[0], bad=[unread(0)])], [replace(batches([2])[0], bad=[unread(2)])]]
     with pytest.raises(InputError, match=r"--max-bad-clips 1: 2 clips cannot be read\. The first: clip 0 is damaged"):
@@ -203,6 +272,14 @@ def test_metrics_in_words_are_one_line_with_four_digits() -> None:
     assert in_words(metrics) == (  # by hand: the loss is -(2 log 0.75 + log 0.25 + log 0.5) / 4
         "loss 0.6637, accuracy 0.5000, balanced accuracy 0.5000, f1 0.5000, auroc 0.6250, average precision 0.5833, confusion [[1, 1], [1, 1]]"
     )
+
+
+def test_intervals_and_the_threshold_of_val_are_told_beside_the_metrics() -> None:
+    metrics: dict[str, Any] = evaluate([0, 1], [[0.75, 0.25], [0.25, 0.75]], CLASSES)
+    metrics |= {"intervals": {"auroc": [0.5, 1.0]}, "threshold": 0.4, "f1_at_threshold": 1.0, "notes": ["few sources."]}
+    words = in_words(metrics)
+    assert "accuracy 1.0000, " in words and "auroc 1.0000 [0.5000-1.0000], " in words
+    assert "average precision 1.0000, f1 1.0000 at val's threshold 0.4000, confusion" in words and words.endswith("(few sources.)")
 
 
 def test_undefined_metrics_are_left_out_and_explained_but_a_metric_of_0_is_told() -> None:

@@ -15,9 +15,34 @@ from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_s
 from clips.errors import InputError
 from clips.files import whole_file
 
+METRICS = ("loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision")
 SMALLEST_PROBABILITY = 1e-12  # a probability of 0 for the true class would make the loss of a whole split infinite
 FIRST_COLUMNS = ("key", "split", "label", "prediction")
 LAST_COLUMNS = ("source", "begin_ms", "end_ms")
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single answer to ==
+class Judged:
+    """Clips with known labels int64 (N,), probabilities float64 (N, K) and sources (N,): those of a split that were read.
+
+    `positive` is the positive class of two, by default the last.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    sources: Sequence[str]
+    class_names: Sequence[str]
+    positive: str | None = None
+
+    @property
+    def counted(self) -> list[int]:
+        """The classes whose F1, AUROC and average precision count."""
+        return counted_classes(self.class_names, self.positive)
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """int64 (N,): the most probable class, the earlier one of equals."""
+        return self.probabilities.argmax(axis=1)
 
 
 def evaluate(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: Sequence[str], positive: str | None = None) -> dict[str, float | list | None]:
@@ -35,8 +60,7 @@ def evaluate(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: S
         return undefined(f"{num_bad} of {len(truth)} clips have a probability that is not finite: the model diverged.")
     predictions = scores.argmax(axis=1)
     confusion = confusion_matrix(truth, predictions, labels=range(num_classes))
-    one_class = list(class_names).index(positive) if positive is not None else num_classes - 1
-    counted = [one_class] if num_classes == 2 else list(range(num_classes))
+    counted = counted_classes(class_names, positive)
     return {
         "loss": float(-np.log(np.maximum(scores[np.arange(len(truth)), truth], SMALLEST_PROBABILITY)).mean()),
         "accuracy": float((predictions == truth).mean()),
@@ -47,6 +71,13 @@ def evaluate(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: S
         "confusion": confusion.tolist(),
         "notes": notes(confusion, class_names, counted),
     }
+
+
+def counted_classes(class_names: Sequence[str], positive: str | None) -> list[int]:
+    """The classes whose F1, AUROC and average precision count: of two the positive one, of more all."""
+    if len(class_names) != 2:
+        return list(range(len(class_names)))
+    return [1 if positive is None else list(class_names).index(positive)]
 
 
 def check_shapes(labels: np.ndarray, probabilities: np.ndarray, num_classes: int, class_names: Sequence[str], positive: str | None) -> None:
@@ -61,8 +92,7 @@ def check_shapes(labels: np.ndarray, probabilities: np.ndarray, num_classes: int
 
 def undefined(reason: str) -> dict[str, float | list | None]:
     """All metrics None, for one reason."""
-    names = ("loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision", "confusion")
-    return {**dict.fromkeys(names), "notes": [reason]}
+    return {**dict.fromkeys((*METRICS, "confusion")), "notes": [reason]}
 
 
 def recall(confusion: np.ndarray, index: int) -> float | None:

@@ -1,0 +1,200 @@
+"""Groups of runs against numbers worked out by hand, and what is told of each."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from clips import command
+from clips.errors import InputError
+from training import __main__, compare
+from training.compare import CompareConfig, Group, groups_of, mean_std, ranked, read_run, spelled, table
+from training.curves import draw_curves
+from training.run_folder import FREE
+
+CONFIG: dict[str, Any] = {
+    **{"epochs": 3, "lr": 0.001, "model_name": "videomae", "seed": 0, "best_metric": "auroc", "threads": 4, "dataset_home": "shards"},
+    **{"data": {"train": "abcdefghijk", "val": "0123"}, "class_names": ["nongesture", "gesture"]},
+}
+
+
+def write_run(folder: Path, val: list[float | None], test: float | None = None, done: bool = True, **config: Any) -> Path:
+    """A run with these AUROCs on val, epoch by epoch; its losses and F1 go the other way round."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    lines: list[dict[str, Any]] = []
+    for epoch, auroc in enumerate(val, 1):
+        lines.append({"step": 10 * epoch, "epoch": epoch, "epoch/loss": 1 / epoch})
+        lines.append({"step": 10 * epoch, "epoch": epoch, "val/auroc": auroc, "val/loss": auroc, "val/f1": None if auroc is None else 1 - auroc})
+    if test is not None:
+        lines.append({"step": 10 * len(val), "epoch": len(val), "test/auroc": test, "test/f1": test / 2})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if done:
+        (folder / "done").touch()
+    return folder
+
+
+def groups(*folders: Path, metric: str = "auroc") -> list[Group]:
+    return ranked(groups_of([read_run(folder) for folder in folders]), metric)
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["training", *map(str, words)])
+    return command.run(__main__.main)
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> list[Path]:
+    """Two groups of three seeds; the second is better on val and the first on test."""
+    one = [write_run(tmp_path / f"a{seed}", [0.5, 0.7 + 0.01 * seed, 0.6], test=0.99, seed=seed, threads=seed + 1) for seed in range(3)]
+    return one + [write_run(tmp_path / f"b{seed}", [0.5, 0.6, 0.8 + 0.02 * seed], test=0.7 + 0.1 * seed, seed=seed, lr=0.01) for seed in range(3)]
+
+
+def test_runs_that_differ_in_seed_and_free_flags_are_one_group_with_mean_and_deviation(six: list[Path]) -> None:
+    best, other = groups(*six)
+    assert [len(group.runs) for group in (best, other)] == [3, 3]
+    assert (best.settings, other.settings) == ("--lr 0.01", "--lr 0.001")
+    assert best.values("auroc") == pytest.approx([0.8, 0.82, 0.84]) and other.values("auroc") == pytest.approx([0.7, 0.71, 0.72])
+    assert spelled(best.values("auroc")) == "0.8200 ± 0.0200"  # sample deviation of .80 .82 .84
+    assert mean_std([0.25]) == (0.25, None) and mean_std([]) == (None, None) and spelled([0.25]) == "0.2500"
+
+
+def test_val_alone_ranks_and_test_is_told_of_the_best_group_only(six: list[Path]) -> None:
+    text = table(groups(*six), "auroc")
+    lines = text.splitlines()
+    assert lines[1].split()[:2] == ["1.", "3"] and "0.8200 ± 0.0200" in lines[1] and lines[1].endswith("--lr 0.01") and "3, 3, 3" in lines[1]
+    assert lines[2].startswith("2.") and "0.7100 ± 0.0100" in lines[2] and "2, 2, 2" in lines[2]
+    assert lines[3] == "test of 1.: f1 0.4000 ± 0.0500, auroc 0.8000 ± 0.1000"
+    assert "0.99" not in text and len(lines) == 4
+
+
+def test_the_value_is_taken_at_the_epoch_that_the_run_chose(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [0.5, 0.7, 0.7, 0.6])
+    assert groups(run)[0].values("auroc") == [0.7] and read_run(run).best == {"step": 20, "epoch": 2, "val/auroc": 0.7, "val/loss": 0.7, "val/f1": 1 - 0.7}
+    assert groups(run, metric="f1")[0].values("f1") == [1 - 0.7]  # at that epoch, though epoch 1 has a higher one
+    by_loss = write_run(tmp_path / "by_loss", [0.5, 0.7, 0.4, 0.4], best_metric="loss")
+    assert read_run(by_loss).best["epoch"] == 3  # type: ignore[index]  # there is one
+
+
+def test_less_loss_is_better(tmp_path: Path) -> None:
+    low, high = write_run(tmp_path / "low", [0.2], best_metric="loss"), write_run(tmp_path / "high", [0.4], best_metric="loss", lr=1.0)
+    assert [group.runs[0].folder for group in groups(high, low, metric="loss")] == [low, high]
+
+
+def test_an_undefined_metric_leaves_the_last_epoch_and_no_value(tmp_path: Path) -> None:
+    undefined, other = write_run(tmp_path / "undefined", [None, None], test=0.3), write_run(tmp_path / "other", [0.1], lr=1.0)
+    assert read_run(undefined).best["epoch"] == 2  # type: ignore[index]  # there is one
+    found = groups(undefined, other)
+    assert [group.runs[0].folder for group in found] == [other, undefined]
+    assert "no test shown: without val there is no best group" in table(groups(undefined), "auroc")
+
+
+def test_unfinished_runs_are_marked_and_left_out_of_the_mean_of_finished_ones(tmp_path: Path) -> None:
+    finished = write_run(tmp_path / "finished", [0.5, 0.6, 0.7], test=0.5)
+    running = write_run(tmp_path / "running", [0.9], done=False, seed=1)
+    stopped = write_run(tmp_path / "stopped", [0.95, 0.96], done=False, seed=2, lr=0.5)
+    (stopped / "stopped.json").write_text('{"reason": "interrupted"}')
+    best, other = groups(stopped, running, finished)
+    assert best.values("auroc") == [0.7] and other.values("auroc") == [0.96]
+    assert list(best.notes()) == [f"{running} is not finished (1 of 3 epochs), left out of the mean"]
+    assert list(other.notes()) == [f"{stopped} is not finished (2 of 3 epochs, stopped: interrupted)"]
+    text = table([best, other], "auroc")
+    assert "2.  1 unfinished  0.9600" in text and f"1. {running} is not finished" in text
+
+
+def test_an_unfinished_run_has_no_test_whatever_its_lines_say(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [0.5], test=0.5, done=False)
+    assert "test of 1.: none yet" in table(groups(run), "auroc")
+
+
+def test_repeated_seeds_and_several_homes_in_a_group_are_told(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one", [0.5]), write_run(tmp_path / "other", [0.5], dataset_home="shards-q75")
+    (group,) = groups(one, other)
+    assert list(group.notes()) == ["seeds repeat: 0 0", "same clips from 2 homes, maybe of another quality: shards, shards-q75"]
+    assert group.settings == "all runs"
+
+
+def test_other_clips_and_other_flags_are_other_groups_and_named(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", [0.5])
+    data = write_run(tmp_path / "data", [0.6], data={"train": "zyxwvutsrqp", "val": "0123"})
+    newer = write_run(tmp_path / "newer", [0.7], ema=0.999)
+    found = groups(plain, data, newer)
+    assert [group.settings for group in found] == [
+        "data.train abcdefgh, --ema 0.999",
+        "data.train zyxwvuts, --ema not set",
+        "data.train abcdefgh, --ema not set",
+    ]
+
+
+def test_all_that_a_resumed_run_may_change_is_free() -> None:
+    assert {"seed", *FREE} <= set(compare.IN_A_GROUP)
+    assert {"lr", "batch_size", "model_name", "epochs", "fraction", "best_metric"} & set(compare.IN_A_GROUP) == set()
+
+
+def test_folders_that_are_no_runs_are_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [0.5])
+    (run / "best").mkdir()
+    (run / "best" / "config.json").write_text('{"model_type": "videomae"}')
+    (tmp_path / "empty").mkdir()
+    for folder, message in (
+        (tmp_path / "none", "none: expected the folder of a run, with config.json; found no such folder."),
+        (tmp_path / "empty", "empty: expected the folder of a run, with config.json; found none in it."),
+        (run / "best", "names no epochs. Give the folder above it."),
+    ):
+        with pytest.raises(InputError) as caught:
+            read_run(folder)
+        assert message in str(caught.value)
+
+
+def test_runs_that_chose_their_best_by_different_metrics_need_one_to_rank_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    runs = write_run(tmp_path / "one", [0.5]), write_run(tmp_path / "other", [0.6], best_metric="f1")
+    assert typed(monkeypatch, "compare", *runs) == 2
+    assert "auroc, f1. Say with --metric" in capsys.readouterr().err
+    assert typed(monkeypatch, "compare", *runs, "--metric", "f1") == 0
+    assert "val f1" in capsys.readouterr().out
+
+
+def test_json_holds_the_groups_and_test_of_the_best_only(six: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert typed(monkeypatch, "compare", *six, "--json", tmp_path / "out.json") == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    best, other = found["groups"]
+    assert found["metric"] == "val/auroc" and (best["rank"], best["n"], best["settings"]) == (1, 3, "--lr 0.01")
+    assert best["mean"] == pytest.approx(0.82) and best["std"] == pytest.approx(statistics.stdev([0.8, 0.82, 0.84]))
+    assert best["test"]["auroc"] == {"mean": pytest.approx(0.8), "std": pytest.approx(0.1)} and "test" not in other
+    assert [run["folder"] for run in other["runs"]] == [str(folder) for folder in six[:3]] and other["runs"][0]["val"]["epoch"] == 2
+    assert "0.8200 ± 0.0200" in capsys.readouterr().out
+
+
+def test_the_plot_is_a_png_that_every_run_changes(six: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert typed(monkeypatch, "compare", *six, "--plot", tmp_path / "all.png") == 0
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.format == "PNG" and picture.size[0] > 1000
+    whole = (tmp_path / "all.png").read_bytes()
+    draw_curves(tmp_path / "again.png", groups(*six), "auroc")
+    assert (tmp_path / "again.png").read_bytes() == whole
+    draw_curves(tmp_path / "fewer.png", groups(*six[:5]), "auroc")
+    assert (tmp_path / "fewer.png").read_bytes() != whole
+
+
+def test_runs_without_val_and_without_a_line_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    run = write_run(tmp_path / "run", [], done=False)
+    (run / "metrics.jsonl").unlink()
+    assert typed(monkeypatch, "compare", run, "--plot", tmp_path / "plot.png") == 0
+    assert "1 unfinished" in capsys.readouterr().out and (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [([], "no run given"), (["x", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: expected a file in a folder")])
+def test_wrong_words_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], message: str) -> None:
+    assert typed(monkeypatch, "compare", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_config_names_its_flags_in_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--json "):
+        CompareConfig((tmp_path,), json=tmp_path)

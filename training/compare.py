@@ -1,0 +1,248 @@
+"""Which of several runs is best, by val alone: python -m training compare RUN….
+
+read -> groups that differ in seed alone -> ranked by val -> a table, JSON, curves; test is told of the best group only
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from clips.errors import InputError
+from clips.files import write_json
+
+from .metrics import METRICS
+from .run_folder import FREE, flags, label, read_json, read_lines, shown
+
+logger = logging.getLogger(__name__)
+
+IN_A_GROUP = ("seed", "config", *FREE)  # what may differ inside a group
+HOMES = "dataset_home"  # free, but frames of another quality may lie there: told where it differs
+LESS_IS_BETTER = ("loss",)
+
+Metric = Literal["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Ranks runs by val: a row for each group of runs that differ in their seed alone, mean ± standard deviation over its runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The runs' folders, as --logger-folder named them."""
+    metric: Metric | None = None
+    """What on val decides; default: the runs' --best-metric. It is taken at each run's best epoch."""
+    plot: Path | None = None
+    """A PNG with the curves of all runs."""
+    json: Path | None = None
+    """A file for the same as JSON."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise InputError("compare: no run given; expected the folders of one or more runs.")
+        for flag, path in (("--plot", self.plot), ("--json", self.json)):
+            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+                raise InputError(f"{flag} {path}: expected a file in a folder that exists.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: its configuration, its lines of metrics, and whether it has all its epochs, or why not."""
+
+    folder: Path
+    config: Mapping[str, Any]  # Any: JSON values
+    lines: Sequence[Mapping[str, Any]]
+    is_finished: bool
+    reason: str
+
+    @property
+    def epochs(self) -> list[Mapping[str, Any]]:
+        """The lines of val, an epoch each."""
+        return [line for line in self.lines if any(name.startswith("val/") for name in line)]
+
+    @property
+    def best(self) -> Mapping[str, Any] | None:
+        """Val's line of the epoch that the run took as its best; None without val."""
+        name = f"val/{self.config.get('best_metric', 'auroc')}"
+        known = [line for line in self.epochs if line.get(name) is not None]
+        sign = 1 if name.removeprefix("val/") in LESS_IS_BETTER else -1
+        if known:
+            return min(known, key=lambda line: sign * line[name])  # of equals the earlier
+        return self.epochs[-1] if self.epochs else None
+
+    @property
+    def test(self) -> Mapping[str, Any] | None:
+        """Test's line of a finished run."""
+        found = [line for line in self.lines if any(name.startswith("test/") for name in line)]
+        return found[-1] if found and self.is_finished else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in seed alone; `settings` is what tells them from the other groups."""
+
+    settings: str
+    runs: Sequence[Run]
+
+    @property
+    def counted(self) -> Sequence[Run]:
+        """The finished runs; where there is none, all."""
+        return [run for run in self.runs if run.is_finished] or self.runs
+
+    @property
+    def is_finished(self) -> bool:
+        return self.counted[0].is_finished
+
+    def values(self, metric: str) -> list[float]:
+        """Val's metric at each counted run's best epoch."""
+        found = [(run.best or {}).get(f"val/{metric}") for run in self.counted]
+        return [value for value in found if value is not None]
+
+    def notes(self) -> Iterator[str]:
+        for run in self.runs:
+            if not run.is_finished:
+                left_out = ", left out of the mean" if self.is_finished else ""
+                yield f"{run.folder} is not finished ({len(run.epochs)} of {run.config.get('epochs')} epochs{run.reason}){left_out}"
+        seeds = [run.config.get("seed") for run in self.counted]
+        if len(set(seeds)) < len(seeds):
+            yield f"seeds repeat: {shown(seeds)}"
+        homes = sorted({str(run.config.get(HOMES)) for run in self.runs})
+        if len(homes) > 1:
+            yield f"same clips from {len(homes)} homes, maybe of another quality: {', '.join(homes)}"
+
+
+def compare(config: CompareConfig) -> int:
+    """0 when the table is printed."""
+    runs = [read_run(folder) for folder in dict.fromkeys(config.runs)]
+    metric = config.metric or _common_metric(runs)
+    groups = ranked(groups_of(runs), metric)
+    report = [_as_dict(place, group, metric) for place, group in enumerate(groups)]
+    print(table(groups, metric))
+    if config.json is not None:
+        write_json(config.json, {"metric": f"val/{metric}", "groups": report})
+    if config.plot is not None:
+        from .curves import draw_curves  # matplotlib: half a second
+
+        draw_curves(config.plot, groups, metric)
+    return 0
+
+
+def read_run(folder: Path) -> Run:
+    """Raises InputError for a folder that is no run."""
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = " Give the folder above it." if folder.resolve().name == "best" else ""
+        raise InputError(f"{folder}: expected the folder of a run, with config.json; found {'none in it' if folder.is_dir() else 'no such folder'}.{hint}")
+    stored = read_json(path)
+    if not isinstance(stored, dict) or "epochs" not in stored:
+        hint = " Give the folder above it." if folder.resolve().name == "best" else ""
+        raise InputError(f"{path}: is not the configuration of a run; it names no epochs.{hint}")
+    log = folder / "metrics.jsonl"
+    lines = [record for _, record in read_lines(log)] if log.exists() else []
+    stopped = folder / "stopped.json"
+    reason = f", stopped: {read_json(stopped).get('reason')}" if stopped.exists() else ""
+    return Run(folder, stored, lines, (folder / "done").exists(), reason)
+
+
+def groups_of(runs: Sequence[Run]) -> list[Group]:
+    """Runs of one configuration but for the free flags together, in the order given."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(json.dumps(_fixed(run), sort_keys=True), []).append(run)
+    fixed = [_fixed(group[0]) for group in members.values()]
+    names = sorted({name for one in fixed for name in one})
+    differing = [name for name in names if len({json.dumps(one.get(name)) for one in fixed}) > 1]
+    spelled = [", ".join(f"{label(name)} {_short(name, one.get(name))}" for name in differing) for one in fixed]
+    return [Group(settings or "all runs", group) for settings, group in zip(spelled, members.values(), strict=True)]
+
+
+def _fixed(run: Run) -> dict[str, Any]:  # Any: JSON values
+    return {name: value for name, value in flags(run.config) if name not in IN_A_GROUP}
+
+
+def _short(name: str, value: Any) -> str:  # Any: a JSON value
+    """A flag's value; of a fingerprint (data.train) its first letters."""
+    return shown(value)[:8] if name.startswith("data.") else shown(value)
+
+
+def _common_metric(runs: Sequence[Run]) -> str:
+    found = {str(run.config.get("best_metric", "auroc")) for run in runs}
+    if len(found) > 1:
+        raise InputError(f"compare: the runs chose their best epochs by {', '.join(sorted(found))}. Say with --metric by which they are ranked.")
+    return found.pop()
+
+
+def ranked(groups: Sequence[Group], metric: str) -> list[Group]:
+    """The best by val first; those without a finished run after all others, those without val last; of equals the earlier given."""
+    sign = 1 if metric in LESS_IS_BETTER else -1
+
+    def rank(group: Group) -> tuple[bool, bool, float]:
+        values = group.values(metric)
+        return not values, not group.is_finished, sign * statistics.fmean(values) if values else 0.0
+
+    return sorted(groups, key=rank)
+
+
+def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; of one value no deviation, of none nothing."""
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
+
+
+def table(groups: Sequence[Group], metric: str) -> str:
+    """The groups, best first, then the best one's test and what is to be known."""
+    rows = [("", "runs", f"val {metric.replace('_', ' ')}", "best epochs", "settings")]
+    for place, group in enumerate(groups, 1):
+        epochs = ", ".join(str(run.best["epoch"]) if run.best else "-" for run in group.counted)
+        runs = f"{len(group.counted)}" + ("" if group.is_finished else " unfinished")
+        rows.append((f"{place}.", runs, spelled(group.values(metric)), epochs, group.settings))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [_test_in_words(groups[0], metric)]
+    lines += [f"{place}. {note}" for place, group in enumerate(groups, 1) for note in group.notes()]
+    return "\n".join(lines)
+
+
+def spelled(values: Sequence[float]) -> str:
+    """`0.9123 ± 0.0045`."""
+    mean, deviation = mean_std(values)
+    if mean is None:
+        return "-"
+    return f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+
+
+def _test_values(group: Group) -> dict[str, list[float]]:
+    """Test's metrics of the counted runs that have them."""
+    lines = [run.test for run in group.counted if run.test]
+    found = {name: [line[f"test/{name}"] for line in lines if line.get(f"test/{name}") is not None] for name in (*METRICS, "f1_at_threshold")}
+    return {name: values for name, values in found.items() if values}
+
+
+def _test_in_words(group: Group, metric: str) -> str:
+    found = _test_values(group)
+    if not group.values(metric):
+        return "no test shown: without val there is no best group"
+    if not found:
+        return "test of 1.: none yet"
+    words = ", ".join(f"{name.replace('_', ' ')} {spelled(values)}" for name, values in found.items())
+    return f"test of 1.: {words}"
+
+
+def _as_dict(place: int, group: Group, metric: str) -> dict[str, Any]:  # Any: JSON values
+    """A group as JSON; test's values only of the best."""
+    mean, deviation = mean_std(group.values(metric))
+    runs = [{"folder": str(run.folder), "seed": run.config.get("seed"), "is_finished": run.is_finished, "val": _val_of(run)} for run in group.runs]
+    found: dict[str, Any] = {"rank": place + 1, "settings": group.settings, "mean": mean, "std": deviation, "n": len(group.values(metric)), "runs": runs}
+    if place == 0 and mean is not None:
+        found["test"] = {name: dict(zip(("mean", "std"), mean_std(values), strict=True)) for name, values in _test_values(group).items()}
+    return {**found, "notes": list(group.notes())}
+
+
+def _val_of(run: Run) -> dict[str, Any]:  # Any: JSON values
+    best = run.best or {}
+    return {"epoch": best.get("epoch")} | {name: best.get(f"val/{name}") for name in METRICS}
