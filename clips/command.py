@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -49,6 +50,15 @@ def flatten(config: Any) -> dict[str, Any]:  # Any: a dataclass of dataclasses, 
         else:
             flat[field.name] = str(value) if isinstance(value, Path) else value
     return flat
+
+
+def read_values(path: Path, facts: Sequence[str]) -> Any:  # Any: JSON
+    """The flags in a run's config.json, without its `facts`, which are no flags."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: not readable as JSON ({error}). Give the config.json of a run.") from error
+    return {name: value for name, value in values.items() if name not in facts} if isinstance(values, dict) else values
 
 
 def with_values(default: Any, values: Mapping[str, Any], origin: str) -> Any:  # Any: as above

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import predict
 import train
@@ -27,6 +28,7 @@ from training.distributed import Group
 from training.evaluation import Scores, probabilities
 from training.precision import Precision
 from training.run_folder import RunFolder
+from training.state import RunState
 
 COUNTS = {"train": {"nongesture": 7, "gesture": 6}, "val": {"nongesture": 3, "gesture": 2}, "test": {"nongesture": 2, "gesture": 3}}
 ROOT = Path(train.__file__).parent
@@ -62,7 +64,7 @@ def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(home: Path, folder: Path, *flags: str) -> Path:
     """Trains in this process, as the command line would."""
     words = ["--dataset-home", str(home), "--logger-folder", str(folder), "--epochs", "2", "--model-name", "videomae-tiny", "--batch-size", "4"]
-    config = train.parse([*words, "--log-every", "1", "--device", "cpu", *flags])
+    config = train.parse([*words, "--log-every", "1", "--device", "cpu", "--keep-optimizer", *flags])
     train.train(config, Group(0, 1, 0, torch.device("cpu"), "single"), RunFolder(folder))
     return folder
 
@@ -163,13 +165,6 @@ def test_the_run_folder_explains_itself(finished: Path) -> None:
     assert {"val/loss", "val/accuracy", "val/balanced_accuracy", "val/f1", "val/auroc", "val/average_precision"} <= line.keys()
 
 
-@pytest.mark.parametrize(
-    ("score", "best", "replaces"), [(0.5, None, True), (0.6, 0.5, True), (0.5, 0.5, False), (0.4, 0.5, False), (None, 0.5, False), (None, None, True)]
-)
-def test_a_better_epoch_takes_the_place_of_the_best_and_of_equals_the_earlier_stays(score: float | None, best: float | None, replaces: bool) -> None:
-    assert train.is_better(score, best) is replaces
-
-
 @pytest.mark.parametrize(("metric", "sign"), [("auroc", 1), ("loss", -1)])
 def test_best_is_the_epoch_with_the_best_val_metric(shards: Path, tmp_path: Path, metric: str, sign: int) -> None:
     folder = run(shards, tmp_path / "run", "--epochs", "4", "--lr", "0.1", "--best-metric", metric)
@@ -216,15 +211,15 @@ def test_an_interrupt_before_the_run_begins_leaves_no_folder_and_later_says_so(s
 def test_a_run_killed_after_an_epoch_with_warm_up_and_cosine_ends_as_the_quiet_one(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--epochs", "3", "--sched", "cosine", "--warmup", "0.5")
     quiet = run(shards, tmp_path / "quiet", *flags)
-    save, saves = train._save, []
+    save, saves = RunState.save, []
 
-    def dies_after_the_first(training: train.Training) -> None:
-        save(training)
+    def dies_after_the_first(state: RunState) -> None:
+        save(state)
         saves.append(1)
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "_save", dies_after_the_first)
+        patched.setattr(RunState, "save", dies_after_the_first)
         with pytest.raises(RuntimeError, match="killed"):
             run(shards, tmp_path / "killed", *flags)
     killed = run(shards, tmp_path / "killed", *flags)
@@ -289,6 +284,30 @@ def test_a_config_file_with_an_unknown_flag_offers_the_nearest(tmp_path: Path) -
     (tmp_path / "config.json").write_text('{"epoch": 3}')
     with pytest.raises(InputError, match=r"epoch are no flags.*Did you mean epochs"):
         train.parse(["--config", str(tmp_path / "config.json")])
+
+
+def test_vals_threshold_is_kept_and_applied_to_test_beside_intervals_sources_and_pictures(finished: Path) -> None:
+    threshold = json.loads((finished / "threshold.json").read_text())
+    assert threshold["positive"] == "gesture" and f"epoch: {threshold['epoch']}\n" in (finished / "best" / "README.md").read_text() + "\n"
+    found = [(float(row["p_gesture"]) >= threshold["value"], row["label"] == "gesture") for row in rows(finished / "predictions-test.csv")]
+    line = records(finished, "test/")[-1]
+    hits, either = sum(taken and label for taken, label in found), sum(taken + label for taken, label in found)
+    assert (line["test/threshold"], line["test/f1_at_threshold"]) == (threshold["value"], pytest.approx(2 * hits / either))
+    assert line["test/intervals"] == {}  # of two sources there are none
+    assert (finished / "sources-test.csv").exists() and len(list((finished / "plots").glob("test-*.png"))) == 4
+    events = EventAccumulator(str(finished / "tb"))
+    events.Reload()
+    assert {f"test/{name}" for name in ("roc", "pr", "calibration", "confusion")} <= set(events.Tags()["images"])
+
+
+def test_views_are_averaged_on_test_as_predict_does(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(shards, tmp_path / "run", "--epochs", "1", "--views", "2x3", "--head-init-scale", "20")
+    assert predicted(monkeypatch, folder, "--output", tmp_path / "again.csv", "--views", "2x3", "--batch-size", 2) == 0
+    assert predicted(monkeypatch, folder, "--output", tmp_path / "plain.csv") == 0
+    ours, again, plain = (
+        [float(row["p_gesture"]) for row in rows(path)] for path in (folder / "predictions-test.csv", tmp_path / "again.csv", tmp_path / "plain.csv")
+    )
+    assert ours == pytest.approx(again, abs=1e-5) and len(ours) == 5 and ours != pytest.approx(plain, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import logging
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,20 @@ logger = logging.getLogger(__name__)
 
 KEEP = 2  # the last one, and the one before should the last be damaged
 PLAIN = (type(None), bool, int, float, str, bytes)
+
+
+@dataclass(frozen=True)
+class KeepConfig:
+    """When checkpoints are written, and what a finished run keeps."""
+
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints inside an epoch; one is also written at each epoch's end and when a signal asks the run to end."""
+    keep_optimizer: bool = False
+    """Keep the optimiser's state of a finished run, so that more --epochs later go on exactly."""
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint_minutes > 0:
+            raise InputError(f"--checkpoint-minutes {self.checkpoint_minutes}: expected more than 0.")
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:  # Any: tensors and plain values, nested
@@ -34,6 +50,16 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:  # Any: tensor
         torch.save(state, file)
     remove_others(path)
     return path
+
+
+def slim(folder: Path, names: Collection[str]) -> None:
+    """The last state without the parts of these names, and no other: for a run that has ended."""
+    state = load_last(folder)
+    if state is not None and any(name in state for name in names):
+        kept = save(folder, state["progress"]["step"], {name: part for name, part in state.items() if name not in names})
+        for other in saved(kept.parent):
+            if other != kept:
+                other.unlink()
 
 
 def load_last(folder: Path) -> dict[str, Any] | None:  # Any: as in `save`

@@ -42,10 +42,12 @@ class Precision:
     def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], clip_grad: float) -> torch.Tensor:
         """One update; gives the gradients' norm before clipping, fp32 on the device: reading it is the caller's wait for the GPU.
 
-        `clip_grad` 0 is no limit. Under fp16 an overflow gives a norm that is not finite, changes no parameter and halves the scale.
+        `clip_grad` 0 is no limit. A norm that is not finite changes no parameter, without a wait; under fp16 it also halves the scale.
         """
         self._scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+        if not self._scaler.is_enabled():
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # what a GradScaler gives fused optimisers, which then skip
         self._scaler.step(optimizer)
         self._scaler.update()
         return norm

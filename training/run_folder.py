@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from clips.errors import InputError
 from clips.files import whole_file, write_json
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 State = Literal["new", "resume", "finished"]
+# What a resumed run may change: how clips are read, where things lie, when it stops and what it keeps; nothing that changes the result.
+FREE = (
+    *("dataset_home", "loader", "threads", "prefetch", "look_ahead", "decode_in", "stage_dir", "max_bad_clips"),
+    *("micro_batch", "device", "log_every", "logger_folder", "checkpoint_minutes", "keep_optimizer", "max_skipped", "patience", "activation_checkpointing"),
+)
 MAY_GROW = "epochs"
 JOB_LOGS = (".out", ".err", ".log")  # SLURM may put a job's output here before the run starts
 
@@ -34,6 +41,7 @@ class RunFolder:
         self.path = path
         self.is_main = is_main
         self._began = False
+        self.num_lines = 0  # of metrics.jsonl
         self._purge_step: int | None = None
         self._board: SummaryWriter | None = None
 
@@ -81,20 +89,31 @@ class RunFolder:
         step = record["step"]
         with open(self._metrics, "a", encoding="utf-8") as file:  # closed each time: also network file systems then show the line
             file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
+        self.num_lines += 1
         board = self._tensorboard()
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 board.add_scalar(name, value, step)
         board.flush()
 
-    def cut_back(self, step: int) -> None:
-        """Forgets what was logged after `step`, the step of the checkpoint from which the run continues."""
+    def show(self, split: str, pictures: Mapping[str, np.ndarray], step: int) -> None:
+        """Pictures uint8 (H, W, 3) to TensorBoard as <split>/<name>."""
+        if self.is_main:
+            from .plots import show_pictures  # matplotlib: half a second
+
+            board = self._tensorboard()
+            show_pictures(board, split, pictures, step)
+            board.flush()
+
+    def cut_back(self, step: int, num_lines: int | None = None) -> None:
+        """Forgets what was logged after the checkpoint from which the run continues: after its `step`, and after its first `num_lines` lines."""
         if not self.is_main:
             return
         if self._metrics.exists():
-            kept = [line for line, record in read_lines(self._metrics) if record["step"] <= step]
+            kept = [line for line, record in read_lines(self._metrics) if record["step"] <= step][:num_lines]
             with whole_file(self._metrics) as file:
                 file.write("".join(line + "\n" for line in kept).encode())
+            self.num_lines = len(kept)
         self._close_board()
         self._purge_step = step + 1  # TensorBoard drops this step and later ones of the files before
 

@@ -48,6 +48,7 @@ class Together:
         self.place = place
         self.store = store  # torch's, for its process groups
         self.last_words: Callable[[str], None] = lambda reason: None  # called with the reason of an early end, from any thread
+        self.leaves_sigterm = False  # to the main thread, which saves before it ends
         self._hub = hub
         self._error: BaseException | None = None  # of the main thread
         self._answer: dict[int, str | None] = {}  # failed rank -> its reason; None: it ended without one
@@ -118,7 +119,7 @@ class Together:
 
     def _await_signal(self, signals: socket.socket) -> None:
         """Fails for a main thread that does not come to see SIGTERM or SIGINT: Python runs its handlers only between two of its own instructions."""
-        while signals.recv(1)[0] not in (signal.SIGTERM, signal.SIGINT):
+        while (number := signals.recv(1)[0]) not in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGTERM and self.leaves_sigterm):
             pass
         if self._hub is not None and not self._answered.wait(SIGNAL_S) and self._error is None:
             say(self._hub, INTERRUPTED)

@@ -1,0 +1,69 @@
+"""What happened since the last line of the log, kept on the device: only a step that logs waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .distributed import Group
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Over all ranks: the sum and number of finite losses, the last gradients' norm, and the keys of each step that was skipped."""
+
+    loss_sum: float
+    num_losses: int
+    grad_norm: float
+    skipped: Sequence[Sequence[str]]
+
+    @property
+    def loss(self) -> float | None:
+        """The mean; None where no loss was finite."""
+        return self.loss_sum / self.num_losses if self.num_losses else None
+
+
+class Watch:
+    """One rank's steps since the last reading."""
+
+    def __init__(self, device: torch.device, counts_norms: bool) -> None:
+        """`counts_norms`: an infinite norm is a fault; under fp16 it is how the loss scale finds its value."""
+        self._counts_norms = counts_norms
+        self._totals = torch.zeros(2, device=device)  # of finite losses, their number
+        self._faults: list[torch.Tensor] = []
+        self._keys: list[Sequence[str]] = []
+        self._norm = torch.zeros((), device=device)
+
+    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor, keys: Sequence[str]) -> None:
+        """A step's loss and norm, and the keys of this rank's clips; nothing waits."""
+        is_finite = loss.isfinite()
+        self._totals += torch.stack([torch.where(is_finite, loss, 0.0), is_finite.to(loss.dtype)])
+        self._faults.append(~is_finite | ~grad_norm.isfinite() if self._counts_norms else ~is_finite)
+        self._keys.append(keys)
+        self._norm = grad_norm
+
+    def read(self, group: Group) -> Interval:
+        """Waits for the device, and begins anew; the same on all ranks, to be called by all."""
+        faults = torch.stack(self._faults).tolist() if self._faults else []
+        parts = group.gather_objects((self._totals.tolist(), [(keys if fault else None) for fault, keys in zip(faults, self._keys, strict=True)]))
+        skipped = [[key for keys in step if keys for key in keys] for step in zip(*(part[1] for part in parts), strict=True) if any(step)]
+        interval = Interval(sum(part[0][0] for part in parts), round(sum(part[0][1] for part in parts)), self._norm.item(), skipped)
+        self._totals.zero_()
+        self._faults.clear()
+        self._keys.clear()
+        return interval
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The totals of this rank since the last reading."""
+        return {"totals": self._totals.cpu()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Goes on with the totals of all ranks, on one of them."""
+        self._totals.copy_(state["totals"])
+
+
+def merged(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The totals of all ranks; those of a single one keep their bits."""
+    return {"totals": torch.stack([state["totals"] for state in states]).sum(dim=0)}
