@@ -16,6 +16,7 @@ from clips.clip import ClipSpec
 from .colour import matrices
 from .sample import View
 
+FRAMES_AT_ONCE = 4  # that a decoding thread finishes together: 1.2 MB stay in its cache. Whole clips of 16 cost 1.08 times as much, single frames 1.09
 CHUNK_BYTES = 1 << 28  # of the float frames that a GPU holds at once while it resizes
 
 
@@ -30,8 +31,8 @@ class FinishingFrames:
     def __call__(self, out: np.ndarray, view: View) -> FinishingClip:
         """The frames of one clip, to be finished into `out` uint8 (T, h, w, 3)."""
         if not hasattr(self._own, "frames"):
-            self._own.frames = np.empty((len(out), *self._shape), np.uint8)
-            self._own.rows = torch.empty(len(out) * self._size[0] * self._shape[1] * 3, dtype=torch.uint8)
+            self._own.frames = np.empty((FRAMES_AT_ONCE, *self._shape), np.uint8)
+            self._own.rows = torch.empty(FRAMES_AT_ONCE * self._size[0] * self._shape[1] * 3, dtype=torch.uint8)
         return FinishingClip(self._own.frames, self._own.rows, out, view)
 
 
@@ -39,15 +40,17 @@ class FinishingClip:
     """One clip of FinishingFrames."""
 
     def __init__(self, frames: np.ndarray, rows: torch.Tensor, out: np.ndarray, view: View) -> None:
-        self._frames, self._rows, self._out, self._view = frames, rows, out, view
+        self._place, self._frames = frames, torch.from_numpy(frames)
+        self._rows, self._out, self._view = rows, torch.from_numpy(out), view
 
     def place(self, number: int) -> np.ndarray:
-        frame: np.ndarray = self._frames[number]
+        frame: np.ndarray = self._place[number % FRAMES_AT_ONCE]
         return frame
 
     def done(self, number: int) -> None:
-        if number == len(self._frames) - 1:
-            finish(torch.from_numpy(self._frames), self._view, torch.from_numpy(self._out), self._rows)
+        ready = number % FRAMES_AT_ONCE + 1
+        if ready == FRAMES_AT_ONCE or number == len(self._out) - 1:
+            finish(self._frames[:ready], self._view, self._out[number + 1 - ready : number + 1], self._rows)
 
 
 def one_thread() -> None:
