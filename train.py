@@ -230,14 +230,14 @@ def build(config: TrainConfig, group: Group, folder: RunFolder, home: Home, wish
         model.set_head_prior(home.class_counts)
     precision = Precision(config.precision, group.device)
     numbers: Literal["fp32", "bf16"] = "fp32" if precision.mode == "fp32" else "bf16"
-    micro_batch = config.micro_batch or choose_micro_batch(model, model.spec.video_shape, rank_batch, mixing.unit, precision, group, saved)
+    make_room = partial(model.checkpoint_activations, True) if config.model.activation_checkpointing == "auto" else None
+    micro_batch = config.micro_batch or choose_micro_batch(model, model.spec.video_shape, rank_batch, mixing.unit, precision, group, saved, make_room)
     mixing.check(micro_batch)
-    if config.model.activation_checkpointing == "auto" and group.device.type == "cuda":
+    if config.micro_batch and make_room and group.device.type == "cuda":
         memory_bytes = torch.cuda.get_device_properties(group.device).total_memory
         model.checkpoint_activations(needs_checkpointing(model, micro_batch, numbers, memory_bytes))
     plan = replace(whole, micro_batch=micro_batch)
-    progress, certificate = Progress(), Certificate(num_classes, group.rank)
-    watched = Watch(group.device, counts_norms=precision.mode != "fp16")
+    progress, certificate, watched = Progress(), Certificate(num_classes, group.rank), Watch(group.device, precision.mode != "fp16")
     cost = estimate(model, None, micro_batch, numbers)
     peak = peak_flops(torch.cuda.get_device_name(group.device)) if group.device.type == "cuda" else None
     rate = partial(mfu, cost=cost, peak=peak)

@@ -111,8 +111,8 @@ class Certificate:
 
     @property
     def num_bad(self) -> int:
-        """This rank's bad clips of the epoch under way."""
-        return len(self._tally.bad) if self._tally else 0
+        """This rank's bad clips of the epoch under way, each once however often it is repeated."""
+        return len({key for _, key in self._tally.bad}) if self._tally else 0
 
     def finish(self, states: Sequence[State]) -> Record:
         """Ends the epoch with the `state_dict` of every rank, this one's too; gives its record, the same on all ranks."""

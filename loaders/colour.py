@@ -57,7 +57,8 @@ def _stretch(place: float, share: float, size: int) -> slice:
 def random_colour(draws: np.ndarray, jitter: float, strength: float) -> Colour | None:
     """Brightness, contrast and saturation times 1 ± jitter and hue by ± jitter / 4 of a turn (.4 as in MoCo v2), then two ops at `strength` 0 … 10.
 
-    The ops are RandAugment's that change colours, magnitudes as timm has them; those that move pixels are left to the crop. `draws` (LOOK_DRAWS,).
+    The ops are RandAugment's that change colours, magnitudes as timm has them but for posterize, which keeps 4 bits and more; those that move pixels
+    are left to the crop. `draws` (LOOK_DRAWS,).
     """
     if not jitter and not strength:
         return None

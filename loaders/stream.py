@@ -134,10 +134,10 @@ class Loader:
         return iter(pipeline)
 
     def _finished(self, epoch: int | None, batches: Iterator[RawBatch]) -> Iterator[Batch]:
-        bad: set[int] = set()  # a clip counts once, in however many views it comes
+        bad: set[str] = set()  # a clip counts once, however often it comes: in several views, or repeated
         for raw in batches:
             batch = self._finisher.finish(raw, epoch)
-            bad |= {clip.position for clip in batch.bad}
+            bad |= {clip.key for clip in batch.bad}
             if len(bad) > self._max_bad_clips:
                 budget = f" That is bad clip {len(bad)} of a pass; --max-bad-clips allows {self._max_bad_clips}." if self._max_bad_clips else ""
                 raise ClipError(batch.bad[-1].reason + budget)

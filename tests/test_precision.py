@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clips.errors import InputError
+from training.optimizer import OptimizerConfig, build_optimizer, set_lr
 from training.precision import Precision, largest_micro_batch, native_mode
 
 CPU = torch.device("cpu")
@@ -153,3 +155,20 @@ def test_a_whole_batch_that_fits_is_tried_once() -> None:
 def test_one_clip_that_does_not_fit_is_an_error_that_says_what_to_do(rank_batch: int) -> None:
     with pytest.raises(InputError, match="--micro-batch: not even one clip"):
         largest_micro_batch(lambda size: False, rank_batch)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_that_are_not_finite_change_nothing_also_the_first(optimizer: Literal["adamw", "sgd"], fused: bool) -> None:
+    model = torch.nn.Linear(64, 64)
+    made = build_optimizer(model, OptimizerConfig(optimizer=optimizer, weight_decay=0.0))
+    for group in made.param_groups:
+        group["fused"] = fused or None
+    set_lr(made, 0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    precision = Precision("fp32", torch.device("cpu"))
+    for value in (float("nan"), 0.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        precision.step(made, model.parameters(), 1.0)
+        assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))

@@ -28,7 +28,6 @@ from training.distributed import Group
 from training.evaluation import Scores, probabilities
 from training.precision import Precision
 from training.run_folder import RunFolder
-from training.state import RunState
 
 COUNTS = {"train": {"nongesture": 7, "gesture": 6}, "val": {"nongesture": 3, "gesture": 2}, "test": {"nongesture": 2, "gesture": 3}}
 ROOT = Path(train.__file__).parent
@@ -206,26 +205,6 @@ def test_an_interrupt_before_the_run_begins_leaves_no_folder_and_later_says_so(s
     assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "interrupted"}
     assert command.run(train.main) == 0
     assert (tmp_path / "run" / "done").exists() and not (tmp_path / "run" / "stopped.json").exists()
-
-
-def test_a_run_killed_after_an_epoch_with_warm_up_and_cosine_ends_as_the_quiet_one(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ("--epochs", "3", "--sched", "cosine", "--warmup", "0.5")
-    quiet = run(shards, tmp_path / "quiet", *flags)
-    save, saves = RunState.save, []
-
-    def dies_after_the_first(state: RunState) -> None:
-        save(state)
-        saves.append(1)
-        raise RuntimeError("killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunState, "save", dies_after_the_first)
-        with pytest.raises(RuntimeError, match="killed"):
-            run(shards, tmp_path / "killed", *flags)
-    killed = run(shards, tmp_path / "killed", *flags)
-    assert len(saves) == 1 and records(killed, "train/") == records(quiet, "train/") and records(killed, "val/") == records(quiet, "val/")
-    assert_same_weights(killed, quiet)
-    assert (killed / "best" / "README.md").read_text() == (quiet / "best" / "README.md").read_text()
 
 
 def test_the_speed_counts_every_clip_of_a_step(finished: Path) -> None:

@@ -47,7 +47,7 @@ def own(shards: Path, tmp_path: Path) -> Path:
 
 
 def words(home: Path, folder: Path, *flags: str) -> list[str]:
-    kept = ["--epochs", "2", "--model-name", "videomae-tiny", "--batch-size", "4", "--log-every", "1", "--device", "cpu", "--threads", "1"]
+    kept = ["--epochs", "2", "--model-name", "videomae-tiny", "--batch-size", "4", "--log-every", "1", "--device", "cpu", "--threads", "1", "--keep-optimizer"]
     return ["--dataset-home", str(home), "--logger-folder", str(folder), *kept, *flags]
 
 

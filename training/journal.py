@@ -131,9 +131,10 @@ class Journal:
             place = f"{num_bad} clips of epoch {progress.trained + 1} cannot be read, named above"
             raise InputError(f"--max-bad-clips {self.max_bad_clips}: {place}. Mend them or allow more.")
         if progress.skipped > self.max_skipped:
+            last = f", the last with the clips {', '.join(seen.skipped[-1])}" if seen.skipped else ""
             raise InputError(
-                f"--max-skipped {self.max_skipped}: {progress.skipped} steps had a loss or gradients that are not finite, the last with the clips "
-                f"{', '.join(seen.skipped[-1])}. Look at them, or take a lower --lr or --precision fp32."
+                f"--max-skipped {self.max_skipped}: {progress.skipped} steps had a loss or gradients that are not finite{last}. "
+                "Look at these clips, or take a lower --lr or --precision fp32."
             )
         return record
 

@@ -51,7 +51,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, layer_of: LayerOf
     groups = groups_of(model, config, layer_of, num_layers)
     fused = all(parameter.device.type in FUSED_DEVICES and parameter.is_floating_point() for group in groups for parameter in group["params"]) or None
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.betas[0], nesterov=config.betas[0] > 0, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.betas[0], nesterov=config.betas[0] > 0, fused=fused)
+        for group in groups if config.betas[0] else ():  # torch's fused kernel leaves them unwritten where the first step is skipped
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=fused)
 
 

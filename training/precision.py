@@ -46,9 +46,13 @@ class Precision:
         """
         self._scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
-        if not self._scaler.is_enabled():
+        if self._scaler.is_enabled():
+            self._scaler.step(optimizer)
+        elif all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # what a GradScaler gives fused optimisers, which then skip
-        self._scaler.step(optimizer)
+            optimizer.step()
+        elif norm.isfinite():  # a wait, for optimisers that are not fused
+            optimizer.step()
         self._scaler.update()
         return norm
 

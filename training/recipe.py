@@ -113,7 +113,7 @@ def choose(recipe: str | None, model_name: str | None) -> str:
         check_name(RECIPES, recipe, "--recipe")
         return recipe
     name = (model_name or "").lower().rstrip("/")
-    if "tiny" in name:
+    if name.endswith("-tiny"):
         return "plain"
     return next((f"{family}-ssv2" for family in ("videomae", "timesformer") if family in name), "plain")
 

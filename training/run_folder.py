@@ -28,7 +28,7 @@ State = Literal["new", "resume", "finished"]
 # What a resumed run may change: how clips are read, where things lie, when it stops and what it keeps; nothing that changes the result.
 FREE = (
     *("dataset_home", "loader", "threads", "prefetch", "look_ahead", "decode_in", "stage_dir", "max_bad_clips"),
-    *("micro_batch", "device", "log_every", "logger_folder", "checkpoint_minutes", "keep_optimizer", "max_skipped", "patience", "activation_checkpointing"),
+    *("micro_batch", "device", "log_every", "logger_folder", "checkpoint_minutes", "keep_optimizer", "max_skipped", "activation_checkpointing"),
 )
 MAY_GROW = "epochs"
 JOB_LOGS = (".out", ".err", ".log")  # SLURM may put a job's output here before the run starts

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from clips.errors import InputError
+
 from . import checkpoint, watch
 from .distributed import Group
 from .progress import Progress
@@ -65,9 +67,13 @@ class RunState:
         for name, part in self.parts.items():
             if name in saved:
                 part.load_state_dict(saved[name])
-            else:
+            elif name == "optimizer":
                 logger.info(f"the finished run kept no state of the {name}, which starts anew; --keep-optimizer keeps it")
+            else:
+                raise InputError(f"{self.folder.path / 'checkpoints'}: the checkpoint holds no {name}. It is of another program; give another --logger-folder.")
         self.progress.load_state_dict(saved["progress"])
+        if len(steps := set(self.group.gather_objects(self.progress.step))) > 1:
+            raise InputError(f"{self.folder.path / 'checkpoints'}: the ranks read those of steps {sorted(steps)}. Look after the file system, start again.")
         self.certificate.load_state_dict(saved["certificate"])
         if self.group.is_main:
             self.watch.load_state_dict(saved["watch"])

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clips.errors import InputError
+
 from .distributed import Group
 from .meter import Meter, Slowest
 from .mixing import losses
@@ -78,14 +80,36 @@ def in_parallel(model: nn.Module) -> DistributedDataParallel:
 
 
 def choose_micro_batch(
-    model: nn.Module, clip_shape: tuple[int, ...], rank_batch: int, unit: int, precision: Precision, group: Group, saved: Mapping[str, Any] | None
+    model: nn.Module,
+    clip_shape: tuple[int, ...],
+    rank_batch: int,
+    unit: int,
+    precision: Precision,
+    group: Group,
+    saved: Mapping[str, Any] | None,
+    make_room: Callable[[], None] | None = None,
 ) -> int:
-    """All of a rank's step on a CPU; on a GPU the most clips whose step fits in its memory, in whole units, the least over all ranks, found once."""
+    """All of a rank's step on a CPU; on a GPU the most clips whose step fits in its memory, in whole units, the least over all ranks, found once.
+
+    Where not even one unit fits, `make_room` is called and the search begins again.
+    """
     if group.device.type != "cuda":
         return rank_batch
-    if saved and saved["gpu"] == torch.cuda.get_device_name(group.device) and rank_batch % saved["micro_batch"] == 0 and saved["micro_batch"] % unit == 0:
+    name = torch.cuda.get_device_name(group.device)
+    is_known = bool(saved) and saved["gpu"] == name and rank_batch % saved["micro_batch"] == 0 and saved["micro_batch"] % unit == 0  # type: ignore[index]
+    if all(group.gather_objects(is_known)) and saved:  # of all ranks: the others' GPUs may be of another kind
         return int(saved["micro_batch"])
-    found = unit * largest_micro_batch(lambda units: fits(model, clip_shape, units * unit, precision), rank_batch // unit)
+
+    def search() -> int:
+        return unit * largest_micro_batch(lambda units: fits(model, clip_shape, units * unit, precision), rank_batch // unit)
+
+    try:
+        found = search()
+    except InputError:
+        if make_room is None:
+            raise
+        make_room()
+        found = search()
     return min(group.gather_objects(found))
 
 
