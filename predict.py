@@ -63,7 +63,8 @@ class PredictConfig:
     output: Path | None = None
     """The CSV file; default for a split: RUN/predictions-SPLIT.csv, for that of another home RUN/predictions-SPLIT-HOME.csv."""
     elan: Path | None = None
-    """A folder that gets a tab-delimited file SOURCE.txt of annotations for ELAN from each source, neighbouring positive clips merged."""
+    """A folder that gets a tab-delimited file SOURCE.txt of annotations for ELAN from each source, neighbouring positive clips merged.
+    Times count from the source's first snippet in its split, as if no window between them were missing: check them against one video first."""
     threshold: float | None = None
     """Probability of the positive class from which --elan annotates a clip; default: the run's threshold.json, chosen on val, or 0.5."""
     clip_ms: int | None = None

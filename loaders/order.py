@@ -20,7 +20,7 @@ class OrderConfig:
     dataset_home: Path
     """The folder of shards that pack wrote, or the unconverted folder of npz snippets: the order is the same."""
     split: str = "train"
-    """train, val or test."""
+    """Whose clips. The order is training's whatever the split; in evaluation every clip comes once, by sorted key."""
     seed: int = 0
     """The training's seed."""
     epoch: int = 0

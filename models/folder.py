@@ -134,7 +134,10 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
     """Writes beside the file, syncs, and renames: a folder in use never holds half a file."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the umask's; safetensors writes a file of its own, for its owner alone
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, file)

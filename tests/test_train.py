@@ -159,6 +159,7 @@ def test_the_run_folder_explains_itself(finished: Path) -> None:
     assert {"config.json", "env.json", "metrics.jsonl", "tb", "checkpoints", "best", "predictions-test.csv", "done"} <= names
     config = json.loads((finished / "config.json").read_text())
     assert config["epochs"] == 2 and config["lr"] == 5e-4 and config["class_names"] == ["nongesture", "gesture"]
+    assert len({path.stat().st_mode for path in (finished / "best").iterdir()}) == 1  # the umask's, the weights' too
     line = records(finished, "val/")[0]
     assert sum(map(sum, line["val/confusion"])) == 5
     assert {"val/loss", "val/accuracy", "val/balanced_accuracy", "val/f1", "val/auroc", "val/average_precision"} <= line.keys()

@@ -156,6 +156,15 @@ def test_bad_clips_within_the_budget_are_counted_named_and_certified(
     assert certify(CertifyConfig(folder)) == 0 and all(key in capsys.readouterr().out for key in sorted(keys)[:1])
 
 
+def test_bad_clips_do_not_lower_the_logged_loss(shards: Path, own: Path, tmp_path: Path) -> None:
+    damage(own, 2), damage(own, 7)
+    whole, less = (
+        run(home, tmp_path / home.parent.name / "run", "--batch-size", "13", "--epochs", "1", "--max-bad-clips", "2", "--head-init-scale", "1e-9")
+        for home in (shards, own)
+    )
+    assert lines(less, "train/loss") == pytest.approx(lines(whole, "train/loss"), rel=1e-5)  # every clip's is log 2 at the start
+
+
 def test_more_bad_clips_than_the_budget_end_the_run(own: Path, tmp_path: Path) -> None:
     damage(own, 2), damage(own, 7)
     with pytest.raises(InputError, match="--max-bad-clips allows 1"):

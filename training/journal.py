@@ -95,20 +95,24 @@ class Journal:
     max_skipped: int
     mfu_of: Callable[[float], float | None]
     _keys: list[str] = field(default_factory=list)  # of the step under way
+    _num_unread: int = 0  # clips of it
 
     def fed(self, batches: Iterator[ProvenBatch]) -> Iterator[ProvenBatch]:
         """The batches, each entered into the certificate as the model takes it; clips that could not be read are named."""
         for batch in batches:
             self.certificate.add(batch.proof, batch.labels, [(clip.position, clip.key) for clip in batch.bad])
             self._keys += batch.key
+            self._num_unread += len(batch.bad)
             for clip in batch.bad:
                 logger.warning(f"bad clip at place {clip.position} of epoch {self.progress.trained + 1}, weight 0: {clip.reason}")
             yield batch
 
     def step(self, loss: torch.Tensor, grad_norm: torch.Tensor, num_clips: int) -> None:
-        """A step is done; nothing waits for the device."""
-        self.watch.add(loss, grad_norm, tuple(self._keys))
+        """A step is done, with a loss that is a mean over this rank's clips in which unread ones count as 0; nothing waits for the device."""
+        num_read = len(self._keys) - self._num_unread
+        self.watch.add(loss * (len(self._keys) / num_read) if self._num_unread and num_read else loss, grad_norm, tuple(self._keys))
         self._keys.clear()
+        self._num_unread = 0
         self.progress.step += 1
         self.progress.consumed += num_clips
 
