@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """The tests, and the processes that they start, run the same inside a job as at a desk."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background begins with interrupts ignored, and its children inherit that
     os.environ["OMP_NUM_THREADS"] = "1"  # small tensors: on two busy cores one thread is several times faster than two
     for name in list(os.environ):
         if name.startswith(LAUNCHERS) or name in RANKS:

@@ -20,7 +20,7 @@ SHORT_S = 0.3  # that one rank waits for what it must not see, or the hub for mo
 LIMIT_S = 60  # on any machine; a rank that hangs fails its test then
 DEATH = "killed, out of memory or cut off; its own log or the scheduler's may say more"
 CHILD = """
-import ctypes, signal, sys, threading
+import ctypes, sys, threading
 import training.together
 from clips import command
 from clips.environment import Ranks
@@ -47,7 +47,6 @@ def crash(text):
     raise RuntimeError(text)
 
 def main():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background inherits that it is ignored
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     training.together.GRACE_S, training.together.SIGNAL_S = float(sys.argv[4]), 0.3
     if rank == 0:
