@@ -153,14 +153,13 @@ def test_a_signal_anywhere_saves_ends_well_and_the_run_goes_on(
     assert_same_run(folder, quiet)
 
 
-def test_a_signal_to_one_of_two_ranks_saves_on_both_and_one_rank_goes_on(
-    shards: Path, quiet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
+def test_a_signal_to_one_of_two_ranks_saves_on_both_and_one_rank_goes_on(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--epochs", "4")  # what draws by rank is off: all ranks' losses are one rank's
+    folder, alone = tmp_path / "run", run(shards, tmp_path / "alone", *flags)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     several = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *words(shards, folder, "--mixup", "0", "--cutmix", "0", "--micro-batch", "2", "--epochs", "200")]
+    command = [sys.executable, str(ROOT / "train.py"), *words(shards, folder, *flags)]
     ranks = [
         subprocess.Popen(command, env=os.environ | several | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -171,10 +170,12 @@ def test_a_signal_to_one_of_two_ranks_saves_on_both_and_one_rank_goes_on(
     ranks[1].send_signal(signal.SIGUSR2)
     errors = [process.communicate(timeout=90)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
-    reason = json.loads((folder / "stopped.json").read_text())["reason"]
-    assert reason == f"SIGUSR2: asked to end; saved at step {last_state(folder)['progress']['step']}"
-    trained = last_state(folder)["progress"]["trained"]
-    run(shards, folder, "--mixup", "0", "--cutmix", "0", "--epochs", "200", "--patience", "1") if trained > 150 else None
+    step = last_state(folder)["progress"]["step"]
+    assert step < 40 and json.loads((folder / "stopped.json").read_text())["reason"] == f"SIGUSR2: asked to end; saved at step {step}"
+    run(shards, folder, *flags)
+    losses = [[line["train/loss"] for line in lines(one) if "train/loss" in line] for one in (folder, alone)]
+    assert len(losses[1]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-4)  # sums in another order
+    assert (folder / "certificate.json").read_bytes() == (alone / "certificate.json").read_bytes()
     assert certify(CertifyConfig(folder)) == 0
     capsys.readouterr()
 

@@ -58,8 +58,8 @@ class Placed(Protocol):
     def position(self) -> int: ...
 
 
-class Mixable(Protocol):
-    """What is used of a batch: video uint8 (B, T, H, W, 3), keypoints 0/1 uint8 (B, T, H, W) or None, label int64 (B,), the places, the unread clips."""
+class Labelled(Protocol):
+    """A batch's video uint8 (B, T, H, W, 3), keypoints 0/1 uint8 (B, T, H, W) or None, and label int64 (B,)."""
 
     @property
     def video(self) -> torch.Tensor: ...
@@ -69,6 +69,10 @@ class Mixable(Protocol):
 
     @property
     def label(self) -> torch.Tensor: ...
+
+
+class Mixable(Labelled, Protocol):
+    """Also the places in the order, and the clips that could not be read."""
 
     @property
     def position(self) -> Sequence[int]: ...

@@ -15,21 +15,12 @@ from clips.errors import InputError
 
 from .distributed import Group
 from .meter import Meter, Slowest
-from .mixing import losses
+from .mixing import Labelled, losses
 from .precision import Precision, largest_micro_batch
 
 
-class Labelled(Protocol):
-    """What is used of a batch: uint8 clips (B, T, H, W, 3), masks (B, T, H, W) or None, label int64 (B,), weight (B,), 0 for a clip that could not be read."""
-
-    @property
-    def video(self) -> torch.Tensor: ...
-
-    @property
-    def keypoints(self) -> torch.Tensor | None: ...
-
-    @property
-    def label(self) -> torch.Tensor: ...
+class Weighted(Labelled, Protocol):
+    """Also weight (B,), 0 for a clip that could not be read, and what was slowest."""
 
     @property
     def weight(self) -> torch.Tensor: ...
@@ -38,17 +29,17 @@ class Labelled(Protocol):
     def slowest(self) -> Slowest: ...
 
 
-LabelledBatch = TypeVar("LabelledBatch", bound=Labelled)
+WeightedBatch = TypeVar("WeightedBatch", bound=Weighted)
 
 
 def gradients(
     model: nn.Module,
-    batches: Iterator[LabelledBatch],
+    batches: Iterator[WeightedBatch],
     num_batches: int,
     rank_batch: int,
     precision: Precision,
     meter: Meter,
-    mix: Callable[[LabelledBatch], torch.Tensor] | None = None,
+    mix: Callable[[WeightedBatch], torch.Tensor] | None = None,
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Adds the gradients of the mean loss over this rank's `rank_batch` clips, and gives that loss, fp32 on the device.
