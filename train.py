@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,126 +24,28 @@ from tqdm import tqdm
 
 from clips import command
 from clips.environment import ranks
-from clips.errors import InputError
 from clips.mix import hash64
 from loaders.batch import Batch
-from loaders.certificate import Certificate, merge, write_certificate
 from loaders.home import Home, open_home
-from loaders.joints import joints_kept
-from loaders.plan import Plan
-from loaders.sample import AugmentConfig, hflip_chance
 from loaders.source import ClipSource
-from loaders.stream import Loader, LoaderConfig, default_threads
+from loaders.stream import Loader, LoaderConfig
 from loaders.views import ONE_VIEW, Views, parse_views
-from models import ModelConfig, build_model, load_trained
-from models.classifier import ClipClassifier
-from models.costs import Cost, estimate, mfu, needs_checkpointing, peak_flops
+from models import ModelConfig, load_trained
 from training import checkpoint
-from training.checkpoint import KeepConfig
+from training.build import TrainConfig, Training, build, identify, introduce, make_loader, plain_clips
 from training.distributed import Group, meet, start
-from training.ema import Ema
-from training.evaluation import EvaluationConfig, Scores, in_words, judged_of, metrics_of, prediction_rows, probabilities
-from training.journal import Journal, JournalConfig
+from training.evaluation import Scores
 from training.meter import Meter
 from training.metrics import METRICS
-from training.mixing import MixConfig, Mixing, balanced_weights
-from training.optimizer import OptimizerConfig, build_optimizer, rates_in_words, set_lr
-from training.precision import Precision
-from training.progress import Progress
-from training.recipe import RecipeConfig, choose, departures, used, words
-from training.report import report
+from training.optimizer import set_lr
+from training.recipe import with_recipe
+from training.rehearsal import STEPS, check_both, learn_by_heart, needs, scratch_folder, timed_steps, told_right
 from training.run_folder import FREE, RunFolder
-from training.schedule import ScheduleConfig, explain, lr_at
+from training.schedule import BASE_BATCH_SIZE, lr_at
 from training.signals import StopAsked, Wishes
-from training.state import RunState
-from training.step import choose_micro_batch, gradients, in_parallel
-from training.stopping import has_stalled
-from training.threshold import best_threshold, write_threshold
-from training.watch import Watch
+from training.step import gradients
 
 logger = logging.getLogger("train")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Fine-tunes a video transformer to tell gesture from nongesture, or any classes apart."""
-
-    logger_folder: Path
-    """The run's folder; the same command again continues the run."""
-    epochs: int
-    """Passes over the training clips; a finished run continues when this grows."""
-    data: LoaderConfig
-    model: ModelConfig
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    mix: MixConfig = field(default_factory=MixConfig)
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    judge: EvaluationConfig = field(default_factory=EvaluationConfig)
-    writing: JournalConfig = field(default_factory=JournalConfig)
-    keep: KeepConfig = field(default_factory=KeepConfig)
-    batch_size: int = 64
-    """Clips of one optimiser step over all ranks and accumulation."""
-    micro_batch: int | None = None
-    """Clips that a rank sees at once; default: on a GPU the most that fit, found once, on a CPU all of its batch."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Number format of the step; auto: bf16 where the GPU has it, fp16 with a loss scale on older ones, fp32 on a CPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
-    seed: int = 0
-    """Of the order, the augmentation and dropout, 0 to 2^63 - 1; the new head starts from the same numbers whatever the seed."""
-    fraction: float = 1.0
-    """Train on this share of the training clips: nested (a smaller share is part of a larger one) and the same for each class."""
-    balance: bool = False
-    """Epochs with as many clips of every class as the smallest class has, without replacement; the larger classes rotate."""
-    config: Path | None = None
-    """A config.json of an earlier run: its values become the defaults."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size), ("micro-batch", self.micro_batch)):
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value}: expected at least 1.")
-        parse_views(self.judge.views)
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed {self.seed}: expected 0 to 2^63 - 1.")
-        if self.balance and self.mix.class_weights != "none":
-            raise InputError("--class-weights: --balance makes the classes equal already. Leave one of them out.")
-
-
-@dataclass
-class Training:
-    """All that a run works with."""
-
-    config: TrainConfig
-    group: Group
-    folder: RunFolder
-    loader: Loader
-    val: Loader | None
-    model: ClipClassifier  # transformers' keys, never wrapped
-    wrapped: nn.Module  # the same in DistributedDataParallel where there are several ranks
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    certificate: Certificate
-    class_names: tuple[str, ...]
-    mixing: Mixing
-    class_weights: torch.Tensor | None  # float32 (K,)
-    ema: Ema | None
-    wishes: Wishes
-    progress: Progress
-    journal: Journal
-    state: RunState
-    cost: Cost
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """The model has its averaged weights inside, where there is an average."""
-        return self.ema.in_place() if self.ema else nullcontext()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every epoch is trained and evaluated, or --patience has run out."""
-        progress = self.progress
-        stalled = has_stalled(progress.evaluated, progress.best_epoch, self.config.recipe.patience)
-        return progress.evaluated == progress.trained and (progress.trained >= self.config.epochs or stalled)
 
 
 def main() -> int:
@@ -165,14 +67,11 @@ def parse(args: list[str]) -> TrainConfig:
     default = None
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config", type=Path)
-    pre.add_argument("--recipe")
-    pre.add_argument("--model-name", "--model_name")
-    known = pre.parse_known_args(args)[0]
-    recipe = words(choose(known.recipe, known.model_name)) if known.recipe or known.config is None else []
-    if known.config is not None:
+    path = pre.parse_known_args(args)[0].config
+    if path is not None:
         empty = TrainConfig(Path(), 1, LoaderConfig(Path()), ModelConfig("-"))
-        default = command.with_values(empty, command.read_values(known.config, ("data", "class_names")), str(known.config))
-    return command.parse(TrainConfig, "train.py", "Fine-tunes a video transformer on packed clips.", [*recipe, *args], default)
+        default = command.with_values(empty, command.read_values(path, ("data", "class_names")), str(path))
+    return command.parse(TrainConfig, "train.py", "Fine-tunes a video transformer on packed clips.", with_recipe(args, default is None), default)
 
 
 def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
@@ -185,9 +84,12 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
         logger.info(f"{config.logger_folder}: this run is finished; more --epochs would continue it")
         return
     saved = checkpoint.load_last(config.logger_folder) if state == "resume" else None
+    if config.rehearsal.is_asked:
+        rehearse(config, group, home, saved)
+        return
     with Wishes(group, 60 * config.keep.checkpoint_minutes) as wishes:
         run = build(config, group, folder, home, wishes, saved)
-        _introduce(run, home)
+        introduce(run, home)
         folder.begin(identity)
         folder.cut_back(run.progress.step, saved["num_lines"] if saved else None)
         try:
@@ -216,70 +118,6 @@ def _all_epochs(run: Training) -> None:
         logger.info(f"--patience {run.config.recipe.patience}: no better {run.config.judge.best_metric} since epoch {run.progress.best_epoch}; the run ends")
 
 
-def build(config: TrainConfig, group: Group, folder: RunFolder, home: Home, wishes: Wishes, saved: dict[str, Any] | None) -> Training:
-    """Model, optimiser and loaders, at their start or as they were saved."""
-    num_classes, repeats = len(home.class_names), config.recipe.repeats
-    rank_batch = max(1, config.batch_size // group.world_size)
-    whole = Plan(len(home.subset), config.batch_size, rank_batch, config.seed, group.rank, group.world_size, home.labels, repeats)
-    whole.check_epoch()
-    mixing = Mixing(config.mix, num_classes, config.batch_size, config.seed, repeats)
-    mixing.check(rank_batch)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, home.class_names, home.sources["train"].stored).to(group.device)
-    if config.recipe.head_prior:
-        model.set_head_prior(home.class_counts)
-    precision = Precision(config.precision, group.device)
-    numbers: Literal["fp32", "bf16"] = "fp32" if precision.mode == "fp32" else "bf16"
-    make_room = partial(model.checkpoint_activations, True) if config.model.activation_checkpointing == "auto" else None
-    micro_batch = config.micro_batch or choose_micro_batch(model, model.spec.video_shape, rank_batch, mixing.unit, precision, group, saved, make_room)
-    mixing.check(micro_batch)
-    if config.micro_batch and make_room and group.device.type == "cuda":
-        memory_bytes = torch.cuda.get_device_properties(group.device).total_memory
-        model.checkpoint_activations(needs_checkpointing(model, micro_batch, numbers, memory_bytes))
-    plan = replace(whole, micro_batch=micro_batch)
-    progress, certificate, watched = Progress(), Certificate(num_classes, group.rank), Watch(group.device, precision.mode != "fp16")
-    cost = estimate(model, None, micro_batch, numbers)
-    peak = peak_flops(torch.cuda.get_device_name(group.device)) if group.device.type == "cuda" else None
-    rate = partial(mfu, cost=cost, peak=peak)
-    optimizer = build_optimizer(model, config.optimizer, model.layer_of, model.num_layers)
-    ema = Ema(model, config.recipe.ema) if config.recipe.ema else None
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision} | ({"ema": ema} if ema else {})
-    run = Training(
-        config=config,
-        group=group,
-        folder=folder,
-        loader=make_loader(config, home.sources["train"], plan, model, group, home.subset),
-        val=make_loader(config, home.sources["val"], plan, model, group) if "val" in home.sources else None,
-        model=model,
-        wrapped=in_parallel(model) if group.world_size > 1 else model,
-        optimizer=optimizer,
-        precision=precision,
-        certificate=certificate,
-        class_names=home.class_names,
-        mixing=mixing,
-        class_weights=torch.tensor(balanced_weights(home.class_counts), device=group.device) if config.mix.class_weights == "balanced" else None,
-        ema=ema,
-        wishes=wishes,
-        progress=progress,
-        journal=Journal(folder, group, progress, certificate, watched, home.class_names, config.data.max_bad_clips, config.writing.max_skipped, rate),
-        state=RunState(folder, group, progress, wishes, parts, certificate, merge, write_certificate, watched, micro_batch),
-        cost=cost,
-    )
-    if saved:
-        run.state.restore(saved)
-    return run
-
-
-def make_loader(config: TrainConfig, source: ClipSource, plan: Plan, model: ClipClassifier, group: Group, subset: Sequence[int] | None = None) -> Loader:
-    """Over the clips of `subset` in the plan's order, or over all of a split, each once."""
-    if subset is None:
-        plan = replace(plan, num_clips=len(source.facts), labels=None, repeats=1)
-    data, asked = config.data, (config.augment, model.uses_keypoints)
-    how = {"look_ahead": data.look_ahead, "decode_in": data.decode_in, "stage_dir": data.stage_dir, "max_bad_clips": data.max_bad_clips}
-    threads = data.threads or default_threads()
-    return Loader(source, plan, model.spec, group.device, threads, data.prefetch, subset, *asked, sampling=model.sampling, **how)  # type: ignore[arg-type]
-
-
 def train_epoch(run: Training) -> None:
     """The epoch under way, from where it stands, logged every `log_every` steps."""
     config, plan, progress, epoch = run.config, run.loader.plan, run.progress, run.progress.trained
@@ -291,13 +129,7 @@ def train_epoch(run: Training) -> None:
     bar = tqdm(total=plan.steps_per_epoch, initial=first, desc=f"epoch {epoch + 1}/{config.epochs}", unit="step", disable=None if run.group.is_main else True)
     for number in range(first, plan.steps_per_epoch):
         lr = lr_at(progress.step, plan.steps_per_epoch, config.epochs, config.batch_size // plan.repeats, config.schedule)
-        set_lr(run.optimizer, lr)
-        torch.manual_seed(hash64("step", config.seed, progress.step, run.group.rank) >> 1)  # dropout's chance is the step's own: a resume needs no saved state
-        loss = gradients(run.wrapped, batches, plan.rank_batch // plan.micro_batch, plan.rank_batch, run.precision, meter, mix, run.class_weights)
-        grad_norm = run.precision.step(run.optimizer, run.model.parameters(), config.optimizer.clip_grad)
-        run.optimizer.zero_grad(set_to_none=True)
-        if run.ema:
-            run.ema.update()
+        loss, grad_norm = train_step(run, lr, batches, meter, mix)
         run.journal.step(loss, grad_norm, config.batch_size)
         meter.step(config.batch_size)
         bar.update()
@@ -311,30 +143,35 @@ def train_epoch(run: Training) -> None:
     run.journal.end_epoch(config.epochs, meter)
 
 
+def train_step(
+    run: Training, lr: float, batches: Iterator[Batch], meter: Meter, mix: Callable[[Batch], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimiser step on the next micro-batches; its loss and its gradients' norm before clipping, both still on the device."""
+    config, plan = run.config, run.loader.plan
+    set_lr(run.optimizer, lr)
+    torch.manual_seed(hash64("step", config.seed, run.progress.step, run.group.rank) >> 1)  # dropout's chance is the step's own: a resume needs no saved state
+    loss = gradients(run.wrapped, batches, plan.rank_batch // plan.micro_batch, plan.rank_batch, run.precision, meter, mix, run.class_weights)
+    grad_norm = run.precision.step(run.optimizer, run.model.parameters(), config.optimizer.clip_grad)
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema:
+        run.ema.update()
+    return loss, grad_norm
+
+
 def validate(run: Training) -> None:
     """Metrics on val to the log; the best epoch so far is saved as a transformers folder."""
-    progress, epoch = run.progress, run.progress.trained
-    if run.val is None:
-        metrics: dict[str, Any] = {}
-        logger.info("no split val: the last epoch counts as the best")
-    else:
+    metrics: dict[str, Any] = {}
+    scores = None
+    if run.val is not None:
         with run.averaged():
             metrics, scores = measure(run, run.model, run.val)
-        run.folder.log({"step": progress.step, "epoch": epoch} | {f"val/{name}": metrics[name] for name in (*METRICS, "confusion", "unread")})
-        logger.info("val: " + in_words(metrics))
-        if metrics["loss"] is None:
-            raise InputError(f"val: {'; '.join(metrics['notes'])} Take a lower --lr; best/ holds the best epoch before, if there was one.")
-    value = metrics.get(run.config.judge.best_metric)
-    if value is None and run.val is not None:
-        logger.info(f"val: {run.config.judge.best_metric} is undefined ({'; '.join(metrics['notes'])}); the last epoch counts as the best until one has it")
-    is_best = progress.score(None if value is None else -value if run.config.judge.best_metric == "loss" else value, epoch)
-    if is_best and run.group.is_main:
-        note = {"epoch": epoch, "seed": run.config.seed} | {f"val {name}": metrics[name] for name in METRICS if metrics.get(name) is not None}
-        with run.averaged():
-            run.model.save(run.folder.path / "best", run.class_names, note)
-        if run.val is not None:
-            judged = judged_of(run.val.source.facts, scores, run.class_names, run.config.judge.positive)
-            write_threshold(run.folder.path, best_threshold(judged, epoch))
+    if not run.judge.score(metrics) or not run.group.is_main:
+        return
+    note = {"epoch": run.progress.trained, "seed": run.config.seed} | {f"val {name}": metrics[name] for name in METRICS if metrics.get(name) is not None}
+    with run.averaged():
+        run.model.save(run.folder.path / "best", run.class_names, note)
+    if run.val is not None and scores is not None:
+        run.judge.keep_threshold(run.val.source.facts, scores)
 
 
 def test(run: Training, source: ClipSource) -> None:
@@ -345,55 +182,59 @@ def test(run: Training, source: ClipSource) -> None:
     metrics, scores = measure(run, model.to(run.group.device), loader, parse_views(run.config.judge.views))
     loader.close()
     if run.group.is_main:
-        judged = judged_of(source.facts, scores, run.class_names, run.config.judge.positive)
-        report(run.folder, "test", run.progress.step, run.progress.trained, judged, metrics, prediction_rows(source.facts, "test", scores))
+        run.judge.report("test", source.facts, metrics, scores)
 
 
 def measure(run: Training, model: nn.Module, loader: Loader, views: Views = ONE_VIEW) -> tuple[dict[str, Any], Scores]:
-    """The split's metrics and scores; clips that could not be read are named and left out."""
-    facts = loader.source.facts
-    scores = probabilities(model, _in_rounds(run, loader, views), len(facts), run.precision, run.group, run.config.data.max_bad_clips, views.count)
+    """The split's metrics and scores."""
+    return run.judge.measure(model, loader.source.facts, loader.evaluation(views), loader.plan.evaluation_rounds, views.count)
+
+
+def rehearse(config: TrainConfig, group: Group, home: Home, saved: dict[str, Any] | None) -> None:
+    """--dry-run or --overfit-batch, in a folder that is then removed."""
+    with scratch_folder(config.logger_folder, group) as scratch:
+        folder = RunFolder(scratch, group.is_main)
+        by_heart = config.rehearsal.overfit_batch
+        run = build(plain_clips(config) if by_heart else config, group, folder, home, Wishes(group, math.inf), None if by_heart else saved)
+        introduce(run, home)
+        if by_heart:
+            overfit(run, by_heart)
+        else:
+            dry_run(run, home)
+        for loader in filter(None, (run.loader, run.val)):
+            loader.close()
+
+
+def dry_run(run: Training, home: Home) -> None:
+    """Five steps, a batch of every other split, a checkpoint and best/ written and read back, and what a run takes."""
+    config, plan, path, meter = run.config, run.loader.plan, run.folder.path, Meter()
+    steps = min(STEPS, plan.steps_per_epoch)
+    batches, mix = run.loader.training(0), partial(run.mixing, epoch=0)
+    lr = lr_at(0, plan.steps_per_epoch, config.epochs, config.batch_size // plan.repeats, config.schedule)
+    step_s = timed_steps(lambda: train_step(run, lr, batches, meter, mix)[0], steps)
+    run.state.save()
     if run.group.is_main:
-        for reason in scores.unread.values():
-            logger.warning(f"left out of the evaluation: {reason}")
-    return metrics_of(facts, scores, run.class_names, run.config.judge.positive), scores
-
-
-def _in_rounds(run: Training, loader: Loader, views: Views) -> Iterator[Batch]:
-    """This rank's batches of an evaluation; every rank asks for signals equally often, also one with fewer batches."""
-    batches = loader.evaluation(views)
-    for _ in range(loader.plan.evaluation_rounds * views.count):
-        run.wishes.poll()
-        batch = next(batches, None)
-        if batch is not None:
-            yield batch
-
-
-def identify(config: TrainConfig, home: Home) -> dict[str, Any]:
-    """What a run is, as config.json: its flags, its classes and its data, which are the same from npz and from shards."""
-    flags = {name: value for name, value in command.flatten(config).items() if name != "config"}
-    flags["dataset_home"] = str(config.data.dataset_home.absolute())  # for predict, wherever it is started
-    return {**flags, "data": home.fingerprints(), "class_names": list(home.class_names)}
-
-
-def _introduce(run: Training, home: Home) -> None:
-    """What this run is, in the log."""
-    config, plan, spec = run.config, run.loader.plan, run.model.spec
-    lines = home.describe() + run.model.describe()
-    lines += [f"recipe: {line}" for line in (config.recipe.recipe or "plain", *departures(used(command.flatten(config))))]
-    different = config.batch_size // plan.repeats
-    lines += explain(config.epochs, plan.steps_per_epoch, different, config.schedule)
-    lines.append(f"learning rate: at the peak {rates_in_words(run.optimizer, config.schedule.lr * different / 256)}")
-    kept = joints_kept(run.loader.source, home.subset, config.augment, config.seed, (spec.height, spec.width)) if run.group.is_main else None
-    if kept is not None:
-        lines.append(f"augmentation: crops and erased boxes keep {100 * kept:.0f} % of the joints")
-    lines.append(run.cost.describe())
-    lines.append(
-        f"step: {config.batch_size} clips over {run.group.world_size} ranks, {plan.micro_batch} at once, {run.precision.mode} on {run.group.device}, "
-        f"{plan.steps_per_epoch} steps an epoch, flip chance {hflip_chance(config.augment, run.class_names)}"
-    )
-    for line in lines:
+        run.model.save(path / "best", run.class_names)
+        checkpoint.load_last(path)
+    run.group.barrier()
+    model = load_trained(path / "best")[0].to(run.group.device)
+    for split in [split for split in home.sources if split != "train"]:
+        loader = make_loader(config, home.sources[split], plan, model, run.group)
+        _, num_clips = told_right(model, islice(loader.evaluation(), 1), run.precision, run.group)
+        loader.close()
+        logger.info(f"dry run: {split}: a batch of {num_clips} clips evaluated by the model that was written and read back")
+    for line in run.group.ask_main(lambda: needs(step_s, plan.steps_per_epoch, config.epochs, path / "checkpoints", path / "best", config.logger_folder)):
         logger.info(line)
+
+
+def overfit(run: Training, num_steps: int) -> None:
+    """The first batch alone, over and over, at the peak rate."""
+    plan, group, meter = run.loader.plan, run.group, Meter()
+    batches = list(islice(run.loader.training(0), plan.rank_batch // plan.micro_batch))
+    lr = run.config.schedule.lr * plan.batch_size / BASE_BATCH_SIZE
+    check_both(batches, group)
+    run.wrapped.train()
+    learn_by_heart(lambda: train_step(run, lr, iter(batches), meter)[0], lambda: told_right(run.model, batches, run.precision, group), num_steps, lr, group)
 
 
 if __name__ == "__main__":

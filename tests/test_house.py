@@ -16,6 +16,7 @@ ROOMS = ("clips", "convert", "loaders", "models", "training", "benchmarks")
 WITHOUT_TORCH = ("clips", "convert")
 HEAVY = {"torch", "torchvision", "webdataset", "transformers"}
 MAX_LINES = 400
+PARTS_OF_TRAIN = {"training.build"}  # train.py's other half: what it is made of, apart from the loop that one reads
 SOURCES = ["train.py", "predict.py", *sorted(path.relative_to(ROOT).as_posix() for folder in (*ROOMS, "tests") for path in (ROOT / folder).rglob("*.py"))]
 IN_ROOMS = [path for path in SOURCES if path.split("/")[0] in ROOMS]
 REGISTRY_ENTRY = re.compile(rf"({'|'.join(ROOMS)})(\.\w+)+:\w+")
@@ -68,12 +69,17 @@ def modules_of_entry_points() -> frozenset[str]:
 def test_a_room_imports_only_itself_and_clips(room: str) -> None:
     wrong = []
     for path in IN_ROOMS:
-        if path.split("/")[0] == room and module_of(path) not in modules_of_entry_points():
+        if path.split("/")[0] == room and module_of(path) not in modules_of_entry_points() | PARTS_OF_TRAIN:
             for line, _, name in imports(path):
                 top = name.split(".")[0]
                 if top in ({*ROOMS, "train", "predict", "tests"} - {room, "clips"}):
                     wrong.append(f"{path}:{line} imports {name}")
     assert not wrong
+
+
+def test_the_parts_of_train_are_imported_by_train_alone() -> None:
+    importers = {path for path in SOURCES for _, _, name in imports(path) if PARTS_OF_TRAIN & {name, name.rpartition(".")[0]}}
+    assert importers == {"train.py"}
 
 
 def test_imports_are_relative_inside_a_room_and_absolute_between_rooms() -> None:

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import predict
 import train
+import training.judge
 from clips import command
 from clips.errors import InputError
 from convert.pack import PackConfig, pack
@@ -180,7 +181,7 @@ def test_a_diverged_run_stops_keeps_its_best_and_says_why(shards: Path, tmp_path
         scores = probabilities(*arguments, **named)
         return scores if len(calls) == 1 else Scores(np.full_like(scores.probabilities, np.nan), {})
 
-    monkeypatch.setattr(train, "probabilities", diverges)
+    monkeypatch.setattr(training.judge, "probabilities", diverges)
     folder = tmp_path / "run"
     words = ["--dataset-home", shards, "--logger-folder", folder, "--epochs", "3", "--model-name", "videomae-tiny", "--batch-size", "4", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
@@ -293,7 +294,7 @@ def test_views_are_averaged_on_test_as_predict_does(shards: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--batch-size", "14"), "--batch-size 14: larger than the split, which holds 13 clips"),
+        (("--batch-size", "14"), "--batch-size 14: an epoch has 13 clips"),
         (("--model-name", "videomea-tiny"), "Did you mean videomae-tiny"),
         (("--micro-batch", "3"), "--micro-batch 3: expected a divisor of the 4 clips"),
         (("--loader", "webdatset"), "Did you mean webdataset"),

@@ -8,7 +8,8 @@ run_class_finetuning.py that it leaves alone; TimeSformer is facebookresearch/Ti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -105,6 +106,15 @@ class RecipeConfig:
             raise InputError(f"--ema {self.ema}: expected 0 (off) or a factor below 1, such as 0.999.")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"--patience {self.patience}: expected at least 1 epoch.")
+
+
+def with_recipe(args: Sequence[str], always: bool) -> list[str]:
+    """A command line with its recipe's words put before it: that of --recipe, or where `always` its model's."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--recipe")
+    asked.add_argument("--model-name", "--model_name")
+    known = asked.parse_known_args(args)[0]
+    return [*words(choose(known.recipe, known.model_name)), *args] if known.recipe or always else [*args]
 
 
 def choose(recipe: str | None, model_name: str | None) -> str:
