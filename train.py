@@ -32,6 +32,7 @@ from loaders.stream import Loader, LoaderConfig
 from loaders.views import ONE_VIEW, Views, parse_views
 from models import ModelConfig, load_trained
 from training import checkpoint
+from training.alone import alone
 from training.build import TrainConfig, Training, build, identify, introduce, make_loader, plain_clips
 from training.distributed import Group, meet, start
 from training.evaluation import Scores
@@ -75,18 +76,23 @@ def parse(args: list[str]) -> TrainConfig:
 
 
 def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
-    """One run from where it stands to its end."""
+    """One run from where it stands to its end, or what --dry-run and --overfit-batch try of it."""
     home = open_home(config.data.dataset_home, config.data.loader, config.fraction, config.balance)
     config.judge.check(home.class_names)
     identity = identify(config, home)
-    state = group.ask_main(lambda: folder.look(identity, FREE))
-    if state == "finished":
+    if group.ask_main(lambda: folder.look(identity, FREE)) == "finished":
         logger.info(f"{config.logger_folder}: this run is finished; more --epochs would continue it")
-        return
-    saved = checkpoint.load_last(config.logger_folder) if state == "resume" else None
-    if config.rehearsal.is_asked:
-        rehearse(config, group, home, saved)
-        return
+    elif config.rehearsal.is_asked:
+        rehearse(config, group, home)
+    else:
+        with alone(config.logger_folder, group):
+            state = group.ask_main(lambda: folder.look(identity, FREE))  # again: another training may have gone on meanwhile
+            if state != "finished":
+                go_on(config, group, folder, home, identity, checkpoint.load_last(config.logger_folder) if state == "resume" else None)
+
+
+def go_on(config: TrainConfig, group: Group, folder: RunFolder, home: Home, identity: dict[str, Any], saved: dict[str, Any] | None) -> None:
+    """The rest of a run, until its end or until a signal asks to stop."""
     with Wishes(group, 60 * config.keep.checkpoint_minutes) as wishes:
         run = build(config, group, folder, home, wishes, saved)
         introduce(run, home)
@@ -190,12 +196,12 @@ def measure(run: Training, model: nn.Module, loader: Loader, views: Views = ONE_
     return run.judge.measure(model, loader.source.facts, loader.evaluation(views), loader.plan.evaluation_rounds, views.count)
 
 
-def rehearse(config: TrainConfig, group: Group, home: Home, saved: dict[str, Any] | None) -> None:
+def rehearse(config: TrainConfig, group: Group, home: Home) -> None:
     """--dry-run or --overfit-batch, in a folder that is then removed."""
     with scratch_folder(config.logger_folder, group) as scratch:
         folder = RunFolder(scratch, group.is_main)
         by_heart = config.rehearsal.overfit_batch
-        run = build(plain_clips(config) if by_heart else config, group, folder, home, Wishes(group, math.inf), None if by_heart else saved)
+        run = build(plain_clips(config) if by_heart else config, group, folder, home, Wishes(group, math.inf), None)
         introduce(run, home)
         if by_heart:
             overfit(run, by_heart)
