@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from clips import command
-from clips.environment import ranks
+from clips.environment import job_array, ranks
 from clips.mix import hash64
 from loaders.batch import Batch
 from loaders.home import Home, open_home
@@ -45,6 +45,7 @@ from training.run_folder import FREE, RunFolder
 from training.schedule import BASE_BATCH_SIZE, lr_at
 from training.signals import StopAsked, Wishes
 from training.step import gradients
+from training.sweep import with_line
 
 logger = logging.getLogger("train")
 
@@ -65,6 +66,7 @@ def main() -> int:
 
 def parse(args: list[str]) -> TrainConfig:
     """The configuration: the user's flags before the recipe's before those of `--config FILE`; of a FILE's recipe its values stand in the file."""
+    args = with_line(args, job_array())
     default = None
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config", type=Path)
@@ -77,7 +79,7 @@ def parse(args: list[str]) -> TrainConfig:
 
 def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     """One run from where it stands to its end, or what --dry-run and --overfit-batch try of it."""
-    home = open_home(config.data.dataset_home, config.data.loader, config.fraction, config.balance)
+    home = open_home(config.data.dataset_home, config.data.loader, config.fraction, config.balance, config.fold)
     config.judge.check(home.class_names)
     identity = identify(config, home)
     if group.ask_main(lambda: folder.look(identity, FREE)) == "finished":
@@ -100,7 +102,7 @@ def go_on(config: TrainConfig, group: Group, folder: RunFolder, home: Home, iden
         folder.cut_back(run.progress.step, saved["num_lines"] if saved else None)
         try:
             _all_epochs(run)
-            if "test" in home.sources:
+            if "test" in home.sources and config.judge.evaluate_test:
                 test(run, home.sources["test"])
         except StopAsked as asked:
             run.state.save()

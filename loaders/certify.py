@@ -20,8 +20,9 @@ from clips.format import ClipFacts
 from clips.manifest import fingerprint
 
 from .certificate import CERTIFICATE, Record, proof_sum, read_certificate, spelled
+from .folds import trained_on
 from .plan import Plan, balanced_labels
-from .source import fraction, open_source
+from .source import open_source
 
 BAR_AFTER_S = 1.0  # shorter checks show no progress bar
 
@@ -113,7 +114,7 @@ def read_plan(config: CertifyConfig) -> Planned:
     home = config.dataset_home or Path(flags["dataset_home"])
     source = open_source(home, "train")
     source.close()
-    facts = [source.facts[number] for number in fraction(source.facts, flags["fraction"])]
+    facts = trained_on(source, flags["fraction"], flags.get("fold"))
     expected, found = flags["data"]["train"], fingerprint([fact.key for fact in facts], [fact.label for fact in facts])
     if found != expected:
         raise InputError(

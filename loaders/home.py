@@ -11,6 +11,7 @@ import numpy as np
 from clips.errors import InputError
 from clips.manifest import fingerprint
 
+from .folds import Fold, PartOfSource, numbers_of, parse_fold
 from .plan import balanced_labels
 from .source import ClipSource, fraction, loader_for, open_source, splits_of
 
@@ -51,7 +52,7 @@ class Home:
         return lines
 
 
-def open_home(home: Path, loader: str = "auto", share: float = 1.0, balance: bool = False) -> Home:
+def open_home(home: Path, loader: str = "auto", share: float = 1.0, balance: bool = False, fold: str | None = None) -> Home:
     """Raises InputError without a split train, for splits of several shapes, and for a class without clips where epochs are to be balanced."""
     splits = splits_of(home)
     if "train" not in splits:
@@ -61,7 +62,19 @@ def open_home(home: Path, loader: str = "auto", share: float = 1.0, balance: boo
     if len({source.stored for source in sources.values()}) > 1:
         shapes = ", ".join(f"{split} {source.stored}" for split, source in sources.items())
         raise InputError(f"--dataset-home {home}: one data set has one shape; found {shapes}.")
+    if fold is not None:
+        sources |= _folded(home, kind, sources, parse_fold(fold))
     train = sources["train"]
     subset = fraction(train.facts, share)
     labels = balanced_labels([train.facts[number] for number in subset], train.class_names) if balance else None
     return Home(sources, subset, labels)
+
+
+def _folded(home: Path, kind: str, sources: Mapping[str, ClipSource], fold: Fold) -> dict[str, ClipSource]:
+    """The other folds of train as train, and this one as val."""
+    trained, held_out = numbers_of(sources["train"].facts, sources["train"].class_names, fold)
+    if "val" in sources:
+        sources["val"].close()
+    again = open_source(home, "train", kind)  # of its own: each may be read by a process of its own
+    parts = {"train": (sources["train"], trained, f"all but fold {fold} of train"), "val": (again, held_out, f"fold {fold} of train")}
+    return {split: PartOfSource(*part) for split, part in parts.items()}

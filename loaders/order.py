@@ -9,8 +9,9 @@ from pathlib import Path
 
 from clips.errors import InputError
 
+from .folds import trained_on
 from .plan import Plan, balanced_labels
-from .source import fraction, open_source
+from .source import open_source
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,17 @@ class OrderConfig:
     """The training's share of the clips."""
     balance: bool = False
     """As many clips of each class as the smallest has, none twice in an epoch."""
+    fold: str | None = None
+    """The training's I/K: the clips of fold I are held out."""
     repeats: int = 1
     """Times that a step holds each of its clips, as --repeats of train.py."""
 
     def __post_init__(self) -> None:
         if self.epoch < 0:
             raise InputError(f"--epoch {self.epoch}: expected 0 or more.")
-        if self.world_size < 1:
-            raise InputError(f"--world-size {self.world_size}: expected at least 1.")
+        for flag, number in (("--world-size", self.world_size), ("--batch-size", self.batch_size), ("--repeats", self.repeats)):
+            if number < 1:
+                raise InputError(f"{flag} {number}: expected at least 1.")
 
 
 def order(config: OrderConfig) -> int:
@@ -54,7 +58,7 @@ def order_lines(config: OrderConfig) -> Iterator[str]:
     """One JSON line a step and rank, in the order of steps; raises InputError as training would."""
     source = open_source(config.dataset_home, config.split)
     source.close()
-    facts = [source.facts[number] for number in fraction(source.facts, config.fraction)]
+    facts = trained_on(source, config.fraction, config.fold)
     labels = balanced_labels(facts, source.class_names) if config.balance else None
     rank_batch = max(1, config.batch_size // config.world_size)
     plan = Plan(len(facts), config.batch_size, rank_batch, config.seed, world_size=config.world_size, labels=labels, repeats=config.repeats)

@@ -19,6 +19,7 @@ from torch import nn
 from clips import command
 from clips.errors import InputError
 from loaders.certificate import Certificate, merge, write_certificate
+from loaders.folds import parse_fold
 from loaders.home import Home
 from loaders.joints import joints_kept
 from loaders.plan import Plan
@@ -48,9 +49,12 @@ from .signals import Wishes
 from .state import RunState
 from .step import choose_micro_batch, in_parallel
 from .stopping import has_stalled
+from .sweep import SweepConfig
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
+
+NO_PART_OF_A_RUN = ("config", "dry_run", "overfit_batch", "sweep", "line")  # flags that say where others come from, or what is tried instead
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class TrainConfig:
     writing: JournalConfig = field(default_factory=JournalConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
     rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     batch_size: int = 64
     """Clips of one optimiser step over all ranks and accumulation."""
     micro_batch: int | None = None
@@ -86,6 +91,8 @@ class TrainConfig:
     """Train on this share of the training clips: nested (a smaller share is part of a larger one) and the same for each class."""
     balance: bool = False
     """Epochs with as many clips of every class as the smallest class has, without replacement; the larger classes rotate."""
+    fold: str | None = None
+    """I/K, such as 2/5: hold out the clips of train whose source falls in fold I of K, in the place of val; sources are dealt to folds by their clips."""
     config: Path | None = None
     """A config.json of an earlier run: its values become the defaults."""
 
@@ -94,6 +101,8 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1.")
         parse_views(self.judge.views)
+        if self.fold is not None:
+            parse_fold(self.fold)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: expected 0 to 2^63 - 1.")
         if self.balance and self.mix.class_weights != "none":
@@ -204,7 +213,7 @@ def make_loader(config: TrainConfig, source: ClipSource, plan: Plan, model: Clip
 
 def identify(config: TrainConfig, home: Home) -> dict[str, Any]:
     """What a run is, as config.json: its flags, its classes and its data, which are the same from npz and from shards."""
-    flags = {name: value for name, value in command.flatten(config).items() if name not in ("config", "dry_run", "overfit_batch")}
+    flags = {name: value for name, value in command.flatten(config).items() if name not in NO_PART_OF_A_RUN}
     flags["dataset_home"] = str(config.data.dataset_home.absolute())  # for predict, wherever it is started
     return {**flags, "data": home.fingerprints(), "class_names": list(home.class_names)}
 

@@ -27,6 +27,8 @@ class EvaluationConfig:
     """The metric on val that chooses the best epoch; of equals the earlier."""
     positive: str | None = None
     """The positive class of F1, AUROC and average precision with two classes; default: the last, gesture."""
+    evaluate_test: bool = True
+    """Judge the best epoch on test at the end. A sweep does not: its runs are chosen on val, and python predict.py RUN judges the chosen one."""
     views: str = "1x1"
     """Views of a clip whose probabilities are averaged on test: choices of frames times crops of each, such as 2x3, at as many times the cost."""
 

@@ -29,6 +29,7 @@ State = Literal["new", "resume", "finished"]
 FREE = (
     *("dataset_home", "loader", "threads", "prefetch", "look_ahead", "decode_in", "stage_dir", "max_bad_clips"),
     *("micro_batch", "device", "log_every", "logger_folder", "checkpoint_minutes", "keep_optimizer", "max_skipped", "activation_checkpointing"),
+    "evaluate_test",
 )
 MAY_GROW = "epochs"
 JOB_LOGS = (".out", ".err", ".log")  # SLURM may put a job's output here before the run starts
