@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from clips import command
-from clips.environment import job_array, ranks
+from clips.environment import in_job, job_array, job_name, ranks
 from clips.mix import hash64
 from loaders.batch import Batch
 from loaders.home import Home, open_home
@@ -41,6 +41,7 @@ from training.metrics import METRICS
 from training.optimizer import set_lr
 from training.recipe import with_recipe
 from training.rehearsal import STEPS, check_both, learn_by_heart, needs, scratch_folder, timed_steps, told_right
+from training.requeue import count_start, queue_again
 from training.run_folder import FREE, RunFolder
 from training.schedule import BASE_BATCH_SIZE, lr_at
 from training.signals import StopAsked, Wishes
@@ -81,6 +82,7 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     """One run from where it stands to its end, or what --dry-run and --overfit-batch try of it."""
     home = open_home(config.data.dataset_home, config.data.loader, config.fraction, config.balance, config.fold)
     config.judge.check(home.class_names)
+    config.again.check(job_name(), job_array() is not None, config.sweep.sweep is not None)
     identity = identify(config, home)
     if group.ask_main(lambda: folder.look(identity, FREE)) == "finished":
         logger.info(f"{config.logger_folder}: this run is finished; more --epochs would continue it")
@@ -89,16 +91,20 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     else:
         with alone(config.logger_folder, group):
             state = group.ask_main(lambda: folder.look(identity, FREE))  # again: another training may have gone on meanwhile
-            if state != "finished":
-                go_on(config, group, folder, home, identity, checkpoint.load_last(config.logger_folder) if state == "resume" else None)
+            saved = checkpoint.load_last(config.logger_folder) if state == "resume" else None
+            was_stopped = state != "finished" and go_on(config, group, folder, home, identity, saved)
+        if was_stopped and config.again.requeue:
+            group.ask_main(lambda: queue_again(str(job_name())))
 
 
-def go_on(config: TrainConfig, group: Group, folder: RunFolder, home: Home, identity: dict[str, Any], saved: dict[str, Any] | None) -> None:
-    """The rest of a run, until its end or until a signal asks to stop."""
+def go_on(config: TrainConfig, group: Group, folder: RunFolder, home: Home, identity: dict[str, Any], saved: dict[str, Any] | None) -> bool:
+    """The rest of a run, until its end or until a signal asks to stop; whether it was a signal."""
     with Wishes(group, 60 * config.keep.checkpoint_minutes) as wishes:
         run = build(config, group, folder, home, wishes, saved)
         introduce(run, home)
         folder.begin(identity)
+        if in_job():
+            group.ask_main(lambda: count_start(folder.path, run.progress.step, config.again.max_restarts))
         folder.cut_back(run.progress.step, saved["num_lines"] if saved else None)
         try:
             _all_epochs(run)
@@ -108,12 +114,13 @@ def go_on(config: TrainConfig, group: Group, folder: RunFolder, home: Home, iden
             run.state.save()
             folder.stop(reason := f"{asked}; saved at step {run.progress.step}")
             logger.info(f"{reason}; the same command continues")
-            return
+            return True
     folder.finish()
     if group.is_main and not config.keep.keep_optimizer:
         checkpoint.slim(config.logger_folder, ("optimizer",))
     for loader in filter(None, (run.loader, run.val)):
         loader.close()
+    return False
 
 
 def _all_epochs(run: Training) -> None:

@@ -88,6 +88,13 @@ def job_array(environ: Mapping[str, str] = os.environ) -> Array | None:
     return Array(*(int(environ[name]) for name in names))
 
 
+def job_name(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What scontrol calls this job: `12_3` for element 3 of array 12, otherwise the job's number; None outside SLURM."""
+    if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID")
+
+
 def in_job(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether SLURM started this process."""
     return "SLURM_JOB_ID" in environ

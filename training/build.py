@@ -43,6 +43,7 @@ from .precision import Precision
 from .progress import Progress
 from .recipe import RecipeConfig, departures, used
 from .rehearsal import RehearsalConfig
+from .requeue import RequeueConfig
 from .run_folder import RunFolder
 from .schedule import ScheduleConfig, explain
 from .signals import Wishes
@@ -54,7 +55,8 @@ from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
-NO_PART_OF_A_RUN = ("config", "dry_run", "overfit_batch", "sweep", "line")  # flags that say where others come from, or what is tried instead
+# Flags that say where others come from, what is tried instead of a run, and what its job does.
+NO_PART_OF_A_RUN = ("config", "dry_run", "overfit_batch", "sweep", "line", "requeue", "max_restarts")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class TrainConfig:
     keep: KeepConfig = field(default_factory=KeepConfig)
     rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    again: RequeueConfig = field(default_factory=RequeueConfig)
     batch_size: int = 64
     """Clips of one optimiser step over all ranks and accumulation."""
     micro_batch: int | None = None
