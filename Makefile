@@ -11,7 +11,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-transformers-floor lint bench golden ci
+.PHONY: help install demo test test-slow test-dali test-slurm test-transformers-floor lint bench golden ci
 
 PYTHON := python3
 VENV := .venv
@@ -70,6 +70,17 @@ demo: install  ## runs the whole way on made-up snippets: make, pack, verify, tr
 test: install  ## runs the tests
 	@$(PY) -m pytest
 
+test-slow: install  ## runs what takes minutes: both tiny models learn motion over seeds, a step of each base model
+	@$(PY) -m pytest -m slow
+
+test-dali: install  ## installs NVIDIA DALI too (0.5 GB to fetch, 1 GB on disk) and runs its tests and the loaders' contract with it; no GPU needed
+	@extra=$$($(PY) -c 'import torch; print("dali-cuda13" if (torch.version.cuda or "12") >= "13" else "dali")')
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$$extra]"
+	$(PY) -m pytest -q tests/test_dali*.py tests/test_loaders.py -k dali
+
+test-slurm: install  ## starts a real SLURM of two nodes on this machine (root; installs Debian's packages) and runs the scripts on it
+	@$(PY) -m pytest -m slurm tests/slurm
+
 test-transformers-floor: install  ## runs the models' tests with the oldest transformers that is allowed
 	@if [ "$$(cat $(FLOOR_FOLDER)/complete 2>/dev/null)" != "$(FLOOR)" ]; then
 		rm -rf $(FLOOR_FOLDER)
@@ -89,4 +100,4 @@ bench: install  ## measures the loaders on made-up clips
 golden: install  ## writes tests/golden anew; look at the diff before you commit it
 	@$(PY) -m pytest -m golden --update-golden
 
-ci: lint test-transformers-floor test  ## runs what every change must pass
+ci: lint test-transformers-floor test-slow test-slurm test-dali test  ## runs what every change must pass

@@ -25,7 +25,9 @@ from clips.claim import claimed
 from clips.environment import allocated_cpus
 from clips.errors import InputError
 from clips.files import sha256_of
+from clips.format import ClipFacts
 from clips.manifest import is_packed, read_manifest
+from clips.words import counted
 from loaders.batch import Batch
 from loaders.npz import NpzSource
 from loaders.plan import Plan
@@ -35,7 +37,7 @@ from loaders.views import parse_views
 from models import load_trained
 from models.classifier import ClipClassifier
 from training.distributed import Group, choose_device, share_cores
-from training.elan import Decision, with_times, write_elan
+from training.elan import Decision, windows_in, windows_of, with_times, write_elan
 from training.evaluation import Scores, in_words, judged_of, metrics_of, prediction_rows, scored
 from training.metrics import Prediction, counted_classes, write_predictions
 from training.precision import Precision
@@ -64,7 +66,7 @@ class PredictConfig:
     """The CSV file; default for a split: RUN/predictions-SPLIT.csv, for that of another home RUN/predictions-SPLIT-HOME.csv."""
     elan: Path | None = None
     """A folder that gets a tab-delimited file SOURCE.txt of annotations for ELAN from each source, neighbouring positive clips merged.
-    Times count from the source's first snippet in its split, as if no window between them were missing: check them against one video first."""
+    Times follow from the running numbers and count from the source's first snippet in any split: check them against one video first."""
     threshold: float | None = None
     """Probability of the positive class from which --elan annotates a clip; default: the run's threshold.json, chosen on val, or 0.5."""
     clip_ms: int | None = None
@@ -87,8 +89,6 @@ class PredictConfig:
             raise InputError("--split and --dataset-home: leave them out with paths, whose snippets are unlabelled.")
         if self.paths and self.output is None:
             raise InputError("--output: missing; name the CSV file that the probabilities of these paths go to.")
-        if self.output is not None and (self.output.is_dir() or not self.output.absolute().parent.is_dir()):
-            raise InputError(f"--output {self.output}: expected a file in a folder that exists.")
         if self.elan is not None and self.elan.exists() and not self.elan.is_dir():
             raise InputError(f"--elan {self.elan}: expected a folder, found a file.")
         if self.elan is None and (self.threshold is not None or self.clip_ms is not None):
@@ -119,7 +119,7 @@ def main() -> int:
     """Writes the CSV file, prints metrics where labels are known, and gives 0."""
     command.show_log()
     config = command.parse(PredictConfig, "predict.py", "Metrics and probabilities of a trained run.")
-    stored = _run_config(config.run)
+    stored = check_there(config)
     model, class_names = load_trained(config.run / "best")
     run = Run(config.run, Path(stored["dataset_home"]), class_names, stored.get("positive"))
     source: ClipSource = NpzSource.of_paths(config.paths, class_names) if config.paths else _split(config, run)  # type: ignore[assignment]  # facts: a list
@@ -128,7 +128,7 @@ def main() -> int:
     output = config.output or run.folder / f"predictions-{_name(config, run)}.csv"
     with claimed(output.with_name(f".{output.name}.claim"), "writes this file"):
         scores = predict(config, run, model, source, output)
-        facts = source.facts if config.clip_ms is None else with_times(source.facts, config.clip_ms)
+        facts = source.facts if config.elan is None else _timed(config, run, source)
         rows = prediction_rows(facts, "" if config.paths else config.split or "test", scores)
         write_predictions(output, rows, class_names)
         output.with_name(f"{output.name}.part").unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def main() -> int:
         _report(config, run, source, scores)
     if config.elan is not None:
         _annotate(config.elan, rows, _decision(config, run))
-    print(f"{len(source.facts)} clips -> {output}")
+    print(f"{counted(len(source.facts), 'clip')} -> {output}")
     return 0
 
 
@@ -254,22 +254,55 @@ def _decision(config: PredictConfig, run: Run) -> Decision:
     return Decision(run.class_names, run.positive, value)
 
 
+def _timed(config: PredictConfig, run: Run, source: ClipSource) -> list[ClipFacts]:
+    """The clips' facts with the times that their annotations get; what that rests on goes to the log."""
+    windows = windows_of(source.facts) if config.paths else windows_in(config.dataset_home or run.dataset_home)
+    starts = windows.starts()
+    if shared := sorted({fact.source for fact in source.facts if fact.source in starts and windows.in_several_splits(fact.source)}):
+        names = ", ".join(shared[:3]) + (" and more" if len(shared) > 3 else "")
+        logger.warning(f"--elan: {counted(len(shared), 'source')} in several splits, {names}: times count from the first snippet in any of them")
+    return with_times(source.facts, windows, config.clip_ms)
+
+
 def _annotate(folder: Path, rows: Sequence[Prediction], decide: Decision) -> None:
     """The files for ELAN; sources whose clips' times are unknown are named."""
     written = write_elan(folder, rows, decide)
     left_out = sorted({row.source or "" for row in rows} - set(written))
-    print(f"{sum(written.values())} annotations of {len(written)} sources -> {folder}")
+    print(f"{counted(sum(written.values()), 'annotation')} of {counted(len(written), 'source')} -> {folder}")
     if left_out:
         names = ", ".join(left_out[:3]) + (" and more" if len(left_out) > 3 else "")
-        hint = "Running numbers must have no gap, and --clip-ms gives the clips' length."
-        logger.warning(f"--elan: no file for {len(left_out)} sources, {names}: begin and end of their clips are unknown. {hint}")
+        hint = "Running numbers must have no gap, of a source in several splits over all of them, and --clip-ms gives the clips' length."
+        logger.warning(f"--elan: no file for {counted(len(left_out), 'source')}, {names}: begin and end of their clips are unknown. {hint}")
 
 
-def _run_config(run: Path) -> Mapping[str, Any]:  # Any: JSON values
+def check_there(config: PredictConfig) -> Mapping[str, Any]:  # Any: JSON values
+    """The run's config.json; InputError that names all that is missing at once."""
+    faults, stored = [], {}
+    try:
+        stored = _run_config(config.run)
+    except InputError as error:
+        faults.append(str(error))
+    faults += [f"{path}: no such file or folder; expected npz." for path in config.paths if not path.exists()]
+    if config.dataset_home is not None and not config.dataset_home.is_dir():
+        faults.append(f"--dataset-home {config.dataset_home}: no such folder; expected shards or npz snippets.")
+    if config.output is not None and (config.output.is_dir() or not config.output.absolute().parent.is_dir()):
+        faults.append(f"--output {config.output}: expected a file in a folder that exists.")
+    if len(faults) > 1:
+        raise InputError(f"{len(faults)} things are missing or wrong:\n" + "\n".join(f"  {fault}" for fault in faults))
+    if faults:
+        raise InputError(faults[0])
+    return stored
+
+
+def _run_config(run: Path) -> dict[str, Any]:  # Any: JSON values
+    if not (run / "config.json").exists():
+        found = "it has no config.json" if run.is_dir() else "no such folder"
+        hint = " Give the folder above it." if run.resolve().name in ("best", "checkpoints") else " Give what --logger-folder named."
+        raise InputError(f"{run}: expected the folder of a run with config.json and best/; {found}.{hint}")
     try:
         config: dict[str, Any] = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{run}: expected the folder of a run with config.json and best/ ({error}). Give what --logger-folder named.") from error
+        raise InputError(f"{run / 'config.json'}: cannot be read ({error}). Restore it, or give another run.") from error
     if not isinstance(config, dict) or "dataset_home" not in config:
         hint = " Give the folder above it." if run.resolve().name == "best" else ""
         raise InputError(f"{run / 'config.json'}: is not that of a run; it names no dataset_home. Give what --logger-folder named.{hint}")

@@ -37,7 +37,6 @@ from training.build import TrainConfig, Training, build, identify, introduce, ma
 from training.distributed import Group, meet, start
 from training.evaluation import Scores
 from training.meter import Meter
-from training.metrics import METRICS
 from training.optimizer import set_lr
 from training.recipe import with_recipe
 from training.rehearsal import STEPS, check_both, learn_by_heart, needs, scratch_folder, timed_steps, told_right
@@ -47,6 +46,7 @@ from training.schedule import BASE_BATCH_SIZE, lr_at
 from training.signals import StopAsked, Wishes
 from training.step import gradients
 from training.sweep import with_line
+from training.threshold import write_threshold
 
 logger = logging.getLogger("train")
 
@@ -124,13 +124,18 @@ def go_on(config: TrainConfig, group: Group, folder: RunFolder, home: Home, iden
 
 
 def _all_epochs(run: Training) -> None:
+    if run.progress.is_at_best:  # a kill may have come between this checkpoint and best/
+        keep_best(run)
     while not run.is_done:
         if run.progress.trained == run.progress.evaluated:
             train_epoch(run)
         validate(run)
         run.state.save()
+        if run.progress.is_at_best:
+            keep_best(run)
     if run.progress.trained < run.config.epochs:
         logger.info(f"--patience {run.config.recipe.patience}: no better {run.config.judge.best_metric} since epoch {run.progress.best_epoch}; the run ends")
+    logger.info(f"best/ is of {run.progress.best_in_words(run.config.judge.best_metric)}")
 
 
 def train_epoch(run: Training) -> None:
@@ -169,24 +174,28 @@ def train_step(
     grad_norm = run.precision.step(run.optimizer, run.model.parameters(), config.optimizer.clip_grad)
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema:
-        run.ema.update()
+        run.ema.update(grad_norm.isfinite())  # what was skipped does not count
     return loss, grad_norm
 
 
 def validate(run: Training) -> None:
-    """Metrics on val to the log; the best epoch so far is saved as a transformers folder."""
-    metrics: dict[str, Any] = {}
-    scores = None
-    if run.val is not None:
-        with run.averaged():
-            metrics, scores = measure(run, run.model, run.val)
-    if not run.judge.score(metrics) or not run.group.is_main:
+    """Metrics on val to the log, and into the progress, which knows the best epoch so far."""
+    if run.val is None:
+        run.judge.score((), {}, None)
         return
-    note = {"epoch": run.progress.trained, "seed": run.config.seed} | {f"val {name}": metrics[name] for name in METRICS if metrics.get(name) is not None}
     with run.averaged():
-        run.model.save(run.folder.path / "best", run.class_names, note)
-    if run.val is not None and scores is not None:
-        run.judge.keep_threshold(run.val.source.facts, scores)
+        metrics, scores = measure(run, run.model, run.val)
+    run.judge.score(run.val.source.facts, metrics, scores)
+
+
+def keep_best(run: Training) -> None:
+    """best/ and threshold.json of the best epoch, whose weights the model has. After its checkpoint: the next start makes good a kill between."""
+    progress = run.progress
+    if run.group.is_main:
+        note = {"epoch": progress.best_epoch, "seed": run.config.seed} | {f"val {name}": value for name, value in progress.best_metrics.items()}
+        with run.averaged():
+            run.model.save(run.folder.path / "best", run.class_names, note)
+        write_threshold(run.folder.path, progress.best_threshold)
 
 
 def test(run: Training, source: ClipSource) -> None:

@@ -34,9 +34,12 @@ from .processes import cpu_s, watch_memory
 from .result import Result, as_word, cell, file_system_of, measure, result, table, write_results
 
 BATCH = 8
-MADE_UP = 48
+MADE_UP, QUICK_MADE_UP = 48, 24
 MEMORY_PASSES = 3
-QUICK_CLIPS = 48
+QUICK_CLIPS, QUICK_ROUNDS = 24, 2
+LEGEND = """floor decodes and does nothing else, floor+read reads too: "over floor" is how much more CPU time a row takes than decoding alone.
+webdataset and npz are our loader to finished batches, from shards and from npz; device path gives stored frames for a GPU, decoded here or in a process;
+as documented and with care are webdataset without our loader. Less CPU ms/clip and more clips/s are better; rows whose [least-greatest] overlap are alike."""
 Values = dict[str, list[float]]  # name of a way to one value a round
 
 
@@ -94,8 +97,9 @@ def bench(config: LoaderBenchConfig) -> list[Result]:
     if config.shards is not None:
         return on_clips(config, config.shards, config.dataset_home)
     with tempfile.TemporaryDirectory() as folder:
-        print(f"no --shards: measuring on {MADE_UP} made-up clips")
-        home = write_snippets(Path(folder) / "npz", MADE_UP)
+        made_up = QUICK_MADE_UP if config.quick else MADE_UP
+        print(f"no --shards: measuring on {made_up} made-up clips")
+        home = write_snippets(Path(folder) / "npz", made_up)
         pack(PackConfig(home, Path(folder) / "shards"))
         return on_clips(config, Path(folder) / "shards", home)
 
@@ -111,12 +115,13 @@ def on_clips(config: LoaderBenchConfig, shards: Path, npz: Path | None) -> list[
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # what the main thread does beside the decoding threads, as beside a training step
     try:
-        results = _measured(ways, 2 if config.quick else config.rounds, 1 if config.quick else MEMORY_PASSES)
+        results = _measured(ways, QUICK_ROUNDS, 1, 1) if config.quick else _measured(ways, config.rounds, config.rounds, MEMORY_PASSES)
     finally:
         torch.set_num_threads(before)
     facts = {"threads": threads, "frames": config.frames, "size": config.size, "batch": setting.batch, "clips": chosen.num_clips}
     found = [result(f"loader/{as_word(name)}/{kind}", unit, values, facts) for kind, unit, of in results for name, values in of.items()]
     print(_table([way.name for way in ways], {kind: of for kind, _, of in results}))
+    print(LEGEND)
     if config.json:
         write_results(config.json, found, file_system_of(shards))
     return found
@@ -146,9 +151,9 @@ def _ways(chosen: PassClips, setting: Setting, npz: Path | None, rivals: bool) -
     return ways
 
 
-def _measured(ways: Sequence[Way], rounds: int, memory_passes: int) -> list[tuple[str, str, Values]]:
+def _measured(ways: Sequence[Way], rounds: int, num_starts: int, memory_passes: int) -> list[tuple[str, str, Values]]:
     """Kind, unit and values of all that is measured; first the starts and the memory, then passes of loaders that stay."""
-    starts = [{way.name: _start_ms(way) for way in ways if way.makes_batches} for _ in range(rounds + 1)][1:]
+    starts = [{way.name: _start_ms(way) for way in ways if way.makes_batches} for _ in range(num_starts + 1)][1:]
     first_ms, open_and_first_ms = ({name: [one[name][place] for one in starts] for name in starts[0]} for place in (0, 1))
     memory = {way.name: [_memory_mb(way) for _ in range(memory_passes)] for way in ways if way.makes_batches}
     readers = {way.name: way.start(way.open()) for way in ways}

@@ -23,8 +23,8 @@ from clips.errors import InputError
 from clips.format import pack_frames
 from clips.snippets import Content, find, read
 from convert.encode import stored_frames
+from convert.members import psnr_db
 from convert.pack import stored_spec
-from convert.verify import psnr_db
 from loaders.sample import frames_uniform
 
 from .convert import chosen_clips

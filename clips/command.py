@@ -56,7 +56,11 @@ def read_values(path: Path, facts: Sequence[str]) -> Any:  # Any: JSON
     """The flags in a run's config.json, without its `facts`, which are no flags."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: no such file. Give the config.json of a run.") from None
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror or error}). Give the config.json of a run.") from error
+    except ValueError as error:
         raise InputError(f"--config {path}: not readable as JSON ({error}). Give the config.json of a run.") from error
     return {name: value for name, value in values.items() if name not in facts} if isinstance(values, dict) else values
 
@@ -67,7 +71,8 @@ def with_values(default: Any, values: Mapping[str, Any], origin: str) -> Any:  #
         raise InputError(f"{origin}: expected flags and their values, found {type(values).__name__}. Give the config.json of a run.")
     known = flatten(default)
     if unknown := sorted(set(values) - set(known)):
-        raise InputError(f"{origin}: {', '.join(unknown)} are no flags of this command.{nearest(known, unknown[0])}")
+        are = "is no flag" if len(unknown) == 1 else "are no flags"
+        raise InputError(f"{origin}: {', '.join(unknown)} {are} of this command.{nearest(known, unknown[0])}")
     try:
         return _replaced(default, values)
     except (TypeError, ValueError) as error:

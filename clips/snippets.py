@@ -20,6 +20,7 @@ import numpy as np
 
 from .clip import ClipSpec
 from .errors import InputError
+from .glimpse import hint_at
 from .keypoints import points_of
 from .npz import ArrayHeader, BadNpz, read_arrays, read_headers
 
@@ -101,7 +102,7 @@ def find(home: Path, splits: Sequence[str] = (), classes: Sequence[str] = (), so
     paths = {split: {name: _npz_below(home / split / name) for name in _folders(home / split)} for split in SPLITS if (home / split).is_dir()}
     found = {name for folders in paths.values() for name, files in folders.items() if files}
     if not found:
-        raise InputError(f"--dataset-home {home}: no snippets; expected {{train,val,test}}/CLASS/*.npz, found {_glimpse(home)}.")
+        raise InputError(f"--dataset-home {home}: no snippets; expected {{train,val,test}}/CLASS/*.npz, found {_glimpse(home)}")
     present = [split for split, folders in paths.items() if any(folders.values())]
     if missing := [split for split in splits if split not in present]:
         raise InputError(f"--splits {' '.join(missing)}: no snippets in {home}, which has {' '.join(present)}.")
@@ -169,9 +170,14 @@ def check_headers(home: Path, snippets: Sequence[Snippet], names: ArrayNames) ->
             f"{home}: none of {len(snippets)} snippets holds '{names.video}' as uint8 (T, H, W, 3); "
             + (f"the first holds {found or 'nothing'}. Name the array with --video-key." if found is not None else f"the first is bad: {first}")
         )
+    readable = [r for r in results if isinstance(r, dict)]
+    if names.keypoints_mode == "required" and not any(names.keypoints in r for r in readable):
+        held = ", ".join(f"{name} {header}" for name, header in readable[0].items())
+        advice = "Name the array with --keypoints-key, or pack without: --keypoints none."
+        raise InputError(f"{home}: none of {len(snippets)} snippets holds '{names.keypoints}' as their mask of keypoints; the first holds {held}. {advice}")
     spec = ClipSpec(*shapes.most_common(1)[0][0][:3])
     extras: dict[str, int] = {}
-    for name, header in (pair for r in results if isinstance(r, dict) for pair in r.items() if pair[0] not in (names.video, names.keypoints)):
+    for name, header in (pair for r in readable for pair in r.items() if pair[0] not in (names.video, names.keypoints)):
         extras[name] = max(extras.get(name, 0), header.dtype.itemsize * math.prod(header.shape))
     bad = []
     for snippet, result in zip(snippets, results, strict=True):
@@ -231,8 +237,8 @@ def _size(entry: os.DirEntry[str]) -> int:
 def _glimpse(home: Path) -> str:
     names = sorted(entry.name for entry in os.scandir(home))
     inner = [name for name in names if any((home / name / split).is_dir() for split in SPLITS)]
-    hint = f"; did you mean {home / inner[0]}?" if len(inner) == 1 else ""
-    return ((", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder") + hint
+    hint = f" Did you mean {home / inner[0]}?" if len(inner) == 1 else hint_at(home)
+    return ((", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder") + "." + hint
 
 
 def from_listing(files: Iterable[tuple[str, int]], classes: Sequence[str], length_ms: int | None, source_pattern: str) -> tuple[Snippet, ...]:
@@ -310,7 +316,7 @@ def _header_fault(headers: dict[str, ArrayHeader], spec: ClipSpec | None, names:
     if names.keypoints_mode == "none":
         return None
     if mask is None:
-        return None if names.keypoints_mode == "optional" else f"no array '{names.keypoints}' (--keypoints optional allows that)"
+        return None if names.keypoints_mode == "optional" else f"no array '{names.keypoints}'; it holds {', '.join(headers)} (--keypoints optional allows that)"
     if mask.dtype.kind not in "iub":
         return f"array '{names.keypoints}' is {mask}; expected an integer or bool mask"
     return None if mask.shape == video.shape[:3] else f"array '{names.keypoints}' is {mask}; expected {video.shape[:3]} as the video"

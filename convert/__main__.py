@@ -51,6 +51,8 @@ def main() -> int:
     config = command.parse_verb(verbs, "python -m convert", "npz snippets to sharded tar archives")
     if isinstance(config, PackConfig):
         pack(config)
+        if config.verify:
+            return verify(VerifyConfig(config.output, config.dataset_home, config.workers))
     elif isinstance(config, MergeConfig):
         merge(config)
     elif isinstance(config, VerifyConfig):

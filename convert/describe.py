@@ -18,9 +18,11 @@ from clips.codecs import make_codec
 from clips.errors import InputError
 from clips.files import write_json
 from clips.format import ClipFacts, ShardIndex
+from clips.glimpse import expect_shards
 from clips.manifest import Leaks, Manifest, read_index, read_manifest
 from clips.snippets import SPLITS
 
+from .still import is_still, still_in_words
 from .verified import Quality, read_verified
 from .view import check_folder
 
@@ -49,7 +51,7 @@ class Group:
 class Split:
     """One split; `frames_valid` counts clips by their number of valid frames, `with_constant_frames` those with valid frames of one colour,
 
-    and `left_out` are the bad snippets.
+    `still` are the keys of clips whose valid frames are all equal, and `left_out` the bad snippets.
     """
 
     clips: int
@@ -63,6 +65,7 @@ class Split:
     with_times: int
     with_keypoints: int
     with_constant_frames: int
+    still: list[str]
     left_out: list[dict[str, str]]
 
 
@@ -101,6 +104,7 @@ def describe(config: DescribeConfig) -> int:
 
 def gather(folder: Path) -> Facts:
     """Raises InputError for a folder without a manifest, ClipError for an index that changed."""
+    expect_shards(folder)
     manifest = read_manifest(folder)
     names = [split for split in SPLITS if split in manifest.splits]
     indexes = {split: [read_index(folder, split, shard) for shard in manifest.splits[split].shards] for split in names}
@@ -140,6 +144,7 @@ def _group(manifest: Manifest, splits: Sequence[str], indexes: Sequence[ShardInd
         with_times=sum(one.begin_ms is not None for one in facts),
         with_keypoints=sum("keypoints.mp" in clip.members for clip in clips),
         with_constant_frames=sum(clip.frames_constant > 0 for clip in clips),
+        still=sorted(clip.facts.key for clip in clips if is_still(clip)),
         left_out=[bad for number, bad in enumerate(left_out) if bad not in left_out[:number]],
     )
 
@@ -171,6 +176,7 @@ def lines(facts: Facts) -> list[str]:
     told += _quality(facts)
     told += [f"frames_valid in {split}: {_histogram(values, facts.source.frames)}" for split, values in splits.items() if values.clips]
     told += [f"frames of one colour in {split}: {values.with_constant_frames} clips" for split, values in splits.items() if values.with_constant_frames]
+    told += [f"{split}: {still_in_words(values.still)}" for split, values in splits.items() if values.still]
     told += _leaked(facts)
     for split, values in splits.items():
         told += [f"left out of {split}: {bad.get('path', '?')}: {bad.get('reason', 'no reason')}" for bad in values.left_out[:SHOWN]]

@@ -23,9 +23,11 @@ from clips.files import sha256_of, write_whole
 from clips.format import ClipFacts, FormatError, ShardIndex, unpack_index
 from clips.manifest import MANIFEST, Leaks, Manifest, ShardEntry, SplitEntry, index_path, is_packed, read_manifest, tar_path, to_json, write_manifest
 from clips.snippets import SPLITS, Bad, Snippet, list_bad
+from clips.words import counted
 
 from . import leaks
 from .sharding import SplitPlan, read_plan
+from .still import is_still, still_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -261,26 +263,30 @@ def _report(manifest: Manifest, found: dict[str, dict[int, ShardIndex]]) -> None
         per_class = np.sum([shard.clips_per_class for shard in entry.shards], axis=0)
         classes = ", ".join(f"{count} {name}" for count, name in zip(per_class, manifest.classes, strict=True))
         size = sum(shard.tar_bytes for shard in entry.shards) / 1e6
-        logger.info(f"{split}: {entry.num_clips} clips ({classes}) in {len(entry.shards)} shards, {size:.1f} MB")
+        logger.info(f"{split}: {counted(entry.num_clips, 'clip')} ({classes}) in {counted(len(entry.shards), 'shard')}, {size:.1f} MB")
         if lacking := [name for count, name in zip(per_class, manifest.classes, strict=True) if not count]:
             logger.info(f"{split}: holds no clip of {', '.join(lacking)}")
         clips = [clip for index in found[split].values() for clip in index.clips]
         padded = sum(clip.facts.frames_valid < manifest.source.frames for clip in clips)
         constant = [clip for clip in clips if clip.frames_constant]
         if entry.bad:
-            logger.warning(f"{split}: {len(entry.bad)} bad snippets were left out, see {BAD}")
+            logger.warning(f"{split}: {counted(len(entry.bad), 'bad snippet')} left out, see {BAD}")
         if padded:
-            logger.info(f"{split}: {padded} clips end in zero frames, which are not sampled")
+            logger.info(f"{split}: {counted(padded, 'clip')} with zero frames at the end, which are not sampled")
         if constant:
-            logger.warning(f"{split}: {len(constant)} clips hold frames of a single colour, '{constant[0].facts.key}' first")
+            logger.warning(f"{split}: {counted(len(constant), 'clip')} with frames of a single colour, '{constant[0].facts.key}' first")
+        if still := sorted(clip.facts.key for clip in clips if is_still(clip)):
+            logger.warning(f"{split}: {still_in_words(still)}")
     _report_leaks(manifest.leaks)
 
 
 def _report_leaks(leaked: Leaks) -> None:
     if leaked.identical:
-        logger.warning(f"leak: {len(leaked.identical)} clips lie in several splits with equal bytes, {' and '.join(leaked.identical[0])} first; see {MANIFEST}")
+        first = " and ".join(leaked.identical[0])
+        logger.warning(f"leak: {counted(len(leaked.identical), 'clip')} in several splits with equal bytes, {first} first; see {MANIFEST}")
     if leaked.sources:
         name, splits = next(iter(leaked.sources.items()))
-        logger.warning(f"leak: {len(leaked.sources)} sources lie in several splits, '{name}' in {' and '.join(splits)} first; see {MANIFEST}")
+        logger.warning(f"leak: {counted(len(leaked.sources), 'source')} in several splits, '{name}' in {' and '.join(splits)} first; see {MANIFEST}")
     if leaked.near:
-        logger.warning(f"leak: {len(leaked.near)} pairs of clips of different splits look nearly alike, {' and '.join(leaked.near[0])} first; see {MANIFEST}")
+        first = " and ".join(leaked.near[0])
+        logger.warning(f"leak: {counted(len(leaked.near), 'pair')} of clips of different splits that look nearly alike, {first} first; see {MANIFEST}")

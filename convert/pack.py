@@ -21,6 +21,7 @@ from clips.manifest import Manifest, is_packed, read_manifest
 from clips.npz import BadNpz
 from clips.registry import check_name
 from clips.snippets import SOURCE_PATTERN, ArrayNames, KeypointsMode, Snippet
+from clips.words import counted
 
 from .encode import Recipe
 from .merge import PLAN, check_budget, claim_path, indexes, join, read_plan_file, remove_leftovers, whole
@@ -72,6 +73,8 @@ class PackConfig:
     """Pack only this share, 0 … tasks − 1; default: SLURM_ARRAY_TASK_ID in a job array."""
     tasks: int | None = None
     """The number of shares; default: the job array's, where its elements are 0 … count − 1. `merge` joins them."""
+    verify: bool = False
+    """Then check every shard against its npz, as python -m convert verify --dataset-home does; not for a share of several."""
     near_duplicates: bool = False
     """Also look for clips of different splits that look nearly alike."""
 
@@ -99,6 +102,8 @@ def pack(config: PackConfig) -> Manifest | None:
     if is_packed(config.dataset_home):
         raise InputError(f"--dataset-home {config.dataset_home}: holds shards already; expected npz snippets.")
     task, tasks = share(config)
+    if tasks > 1 and config.verify:
+        raise InputError("--verify: one share of several cannot be verified. Leave it out; when all are packed: python -m convert merge, then verify.")
     home = source.find(config.dataset_home, config.splits, config.classes, config.source_pattern)
     manifest, recipe, extra_bytes = _settle(config, home)
     per_shard = clips_per_shard(make_codec(manifest.codec, manifest.codec_settings), manifest.stored, extra_bytes, config.shard_mib)
@@ -112,7 +117,7 @@ def pack(config: PackConfig) -> Manifest | None:
             remove_leftovers(config.output, mine, claim)
             missing = [job for job in mine if not _is_done(config.output, home.path, recipe, *job)]
             named = f"share {task} of {tasks}: " if tasks > 1 else ""
-            logger.info(f"{named}packing {len(missing)} shards ({len(mine) - len(missing)} of {len(mine)} are already there)")
+            logger.info(f"{named}packing {counted(len(missing), 'shard')} ({len(mine) - len(missing)} of {len(mine)} are already there)")
             workers = config.workers or allocated_cpus()
             pack_shards(home.path, config.output, recipe, missing, workers, config.max_bad_clips + MAX_BAD_LISTED)
         check_budget(config.output, plans, config.max_bad_clips)

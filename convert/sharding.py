@@ -14,6 +14,7 @@ from clips.codecs import Codec
 from clips.format import FORMAT_VERSION, FRAME
 from clips.mix import permutation
 from clips.snippets import Snippet, from_listing
+from clips.words import counted
 
 MEMBER_OVERHEAD_BYTES = 12 * 1024  # tar headers, padding, json, points of a clip of real size
 EXTRAS_RATIO = 0.6  # of raw bytes that zstd leaves of a picture-like array
@@ -102,8 +103,12 @@ def deal(snippets: Sequence[Snippet], clips_per_shard: int) -> tuple[tuple[Snipp
 
 def clips_per_shard(codec: Codec, stored: ClipSpec, extra_bytes: int, shard_mib: float) -> int:
     """Arithmetic on geometry and settings alone, so that it never depends on what the clips hold; `extra_bytes` are those of kept arrays."""
-    clip_bytes = codec.estimated_bytes(stored) + int(extra_bytes * EXTRAS_RATIO) + stored.frames * (FRAME.itemsize + 16) + MEMBER_OVERHEAD_BYTES
-    return max(1, int(shard_mib * 2**20) // clip_bytes)
+    return max(1, int(shard_mib * 2**20) // clip_bytes(codec, stored, extra_bytes))
+
+
+def clip_bytes(codec: Codec, stored: ClipSpec, extra_bytes: int) -> int:
+    """The estimate of a clip's bytes in its shard."""
+    return codec.estimated_bytes(stored) + int(extra_bytes * EXTRAS_RATIO) + stored.frames * (FRAME.itemsize + 16) + MEMBER_OVERHEAD_BYTES
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -112,13 +117,18 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     flat_mine, flat_theirs = _flat(mine), _flat(theirs)
     for name in sorted(flat_mine.keys() | flat_theirs.keys()):
         if flat_mine.get(name) != flat_theirs.get(name):
-            found.append(f"{name} is {flat_mine.get(name)} here and {flat_theirs.get(name)} there")
+            found.append(f"{name} is {_spelled(flat_mine.get(name))} here and {_spelled(flat_theirs.get(name))} there")
     mine_files, theirs_files = dict(mine["files"]), dict(theirs.get("files", []))
     names = sorted(mine_files.keys() | theirs_files.keys())
     changed = [name for name in names if mine_files.get(name) != theirs_files.get(name)]
     if changed:
-        found.append(f"{len(changed)} files were added, removed or changed in size, {changed[0]} first")
+        found.append(f"{counted(len(changed), 'file')} added, removed or changed in size, {changed[0]} first")
     return found
+
+
+def _spelled(value: Any) -> str:  # Any: JSON
+    """As one types it."""
+    return (" ".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)) or "not set"
 
 
 def _flat(inputs: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from clips.environment import allocated_cpus
 from clips.errors import ClipError, InputError
 from clips.files import whole_file
 from clips.format import IndexEntry, unpack_array, unpack_map, unpack_points
+from clips.glimpse import expect_shards
 from clips.keypoints import mask_of
 from clips.manifest import Manifest, ShardEntry, read_index, read_manifest, tar_path
 from clips.snippets import key_of
@@ -44,6 +45,7 @@ class UnpackConfig:
 
 def unpack(config: UnpackConfig) -> int:
     """Writes every clip's npz whose file is missing; 0. Raises InputError for shards that are not whole."""
+    expect_shards(config.shards)
     manifest = read_manifest(config.shards)
     if config.output.resolve() == config.shards.resolve():
         raise InputError(f"{config.output}: is the folder of the shards. Name another folder for the npz.")

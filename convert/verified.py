@@ -37,6 +37,14 @@ def write_verified(shards: Path, psnr_db: Mapping[str, float]) -> None:
         logger.info(f"{shards / VERIFIED}: not written ({error.strerror or error}); describe will not tell the PSNR")
 
 
+def forget_verified(shards: Path) -> None:
+    """What an earlier verify found no longer counts. A folder that cannot be written is left as it is: nothing in it changed either."""
+    try:
+        (shards / VERIFIED).unlink(missing_ok=True)
+    except OSError as error:
+        logger.info(f"{shards / VERIFIED}: not removed ({error.strerror or error})")
+
+
 def read_verified(shards: Path) -> dict[str, Quality] | None:
     """The qualities by split; None where no verify against the npz has passed since the manifest was written."""
     try:

@@ -1,22 +1,18 @@
 """Whether shards hold what they promise: checksums alone, or every value against the npz.
 
-manifest -> each shard: sha256 -> members against the index -> frames decoded -> (npz: arrays, labels, PSNR)
+manifest -> each shard: sha256 -> members against the index -> each clip (members.py) | which clips a change hit -> how to repair (repair.py)
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import tarfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-import numpy as np
 import tyro
 
 from clips import snippets as source
@@ -24,18 +20,20 @@ from clips.codecs import make_codec
 from clips.environment import allocated_cpus
 from clips.errors import ClipError, InputError
 from clips.files import sha256_of
-from clips.format import FORMAT_VERSION, IndexEntry, ShardIndex, unpack_array, unpack_map, unpack_points
-from clips.keypoints import mask_of
+from clips.format import FORMAT_VERSION, ShardIndex
+from clips.glimpse import expect_shards
 from clips.manifest import MANIFEST, Leaks, Manifest, ShardEntry, index_path, read_index, read_manifest, tar_path, to_json
-from clips.npz import BadNpz
-from clips.snippets import ArrayNames, Snippet, read
+from clips.snippets import Snippet
+from clips.words import counted
 
 from . import leaks
-from .encode import dhash, num_constant, sha256_of_array, stored_frames, told_of
+from .members import against_npz, damage, read_members, unpacked
 from .merge import PLAN, index_fault, indexes, manifest_of, read_plan_file
 from .pool import count, in_processes
+from .repair import repair_lines
 from .sharding import SplitPlan
-from .verified import not_packed, write_verified
+from .still import is_still, still_in_words
+from .verified import forget_verified, not_packed, write_verified
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +55,36 @@ class VerifyConfig:
 
 @dataclass
 class ShardReport:
-    """What was found in one shard; `psnr_db` by key, infinite where frames are equal."""
+    """What was found in one shard; `psnr_db` by key, infinite where frames are equal; `is_broken` where packing it again would help;
 
+    `still` are the keys of clips whose frames are all equal.
+    """
+
+    split: str
+    shard: str
     problems: list[str] = field(default_factory=list)
+    is_broken: bool = False
     clips: int = 0
     psnr_db: dict[str, float] = field(default_factory=dict)
+    still: list[str] = field(default_factory=list)
+
+    def add(self, problem: str, of_shard: bool) -> None:
+        """A problem, of the shard itself or of its npz."""
+        self.problems.append(problem)
+        self.is_broken |= of_shard
 
 
 def verify(config: VerifyConfig) -> int:
     """0 where all is well, 1 where something is wrong; problems go to the log, the verdict to stdout."""
+    expect_shards(config.shards)
     manifest = read_manifest(config.shards)
     snippets = _source(config, manifest)
     plans, problems = _plans(config.shards, manifest)
     places = [(split, number) for split, entry in manifest.splits.items() for number in range(len(entry.shards))]
     jobs = [_job(config, manifest, plans.get(split), split, number, snippets) for split, number in places]
     num_clips = sum(split.num_clips for split in manifest.splits.values())
+    if snippets is not None:
+        forget_verified(config.shards)  # a verify that is killed, or fails, leaves no earlier one's word behind
     reports = list(in_processes(check_shard, jobs, config.workers or allocated_cpus(), num_clips, "verify"))
     problems += sorted(problem for report in reports for problem in report.problems)
     problems += list(_strangers(config.shards, manifest)) + list(_left_out(manifest, snippets))
@@ -79,12 +92,19 @@ def verify(config: VerifyConfig) -> int:
         problems += _manifest_problems(config.shards, manifest, plans)
     for problem in problems:
         logger.error(problem)
+    for line in repair_lines(config.shards, manifest, plans, sorted((one.split, one.shard) for one in reports if one.is_broken), config.dataset_home):
+        logger.error(line)
+    if still := sorted(key for report in reports for key in report.still):
+        logger.warning(still_in_words(still))
     psnr_db = {key: value for report in reports for key, value in report.psnr_db.items()}
     lossless = make_codec(manifest.codec, manifest.codec_settings).lossless
     if not lossless:
         _report_psnr(psnr_db)
-    print(f"{sum(report.clips for report in reports)} clips in {len(jobs)} shards checked, {len(problems)} problems")
-    if not problems:
+    num_checked = sum(report.clips for report in reports)
+    print(f"{counted(num_checked, 'clip')} in {counted(len(jobs), 'shard')} checked, {counted(len(problems), 'problem')}")
+    if problems:
+        forget_verified(config.shards)
+    else:
         if snippets is not None:
             write_verified(config.shards, psnr_db)
         print(_verdict(manifest, psnr_db, snippets is not None, lossless))
@@ -143,38 +163,66 @@ def check_shard(
     folder: Path, manifest: Manifest, split: str, number: int, plan: SplitPlan | None, home: Path | None, snippets: dict[str, Snippet] | None
 ) -> ShardReport:
     """Everything that can be wrong with one shard; it goes on after a problem as long as that makes sense."""
-    report = ShardReport()
     shard = manifest.splits[split].shards[number]
+    report = ShardReport(split, shard.name)
     path = tar_path(folder, split, shard.name)
     try:
         index = read_index(folder, split, shard)
-        if sha256_of(path) != shard.tar_sha256:
-            report.problems.append(f"{path}: sha256 is not the manifest's. Remove this file and run the same pack again, or restore it.")
+        with path.open("rb") as file:
+            for fault in _index_faults(manifest, split, shard, index, plan, number):
+                report.add(f"{index_path(folder, split, shard.name)}: {fault}.", True)
+            if sha256_of(path) != shard.tar_sha256:
+                report.add(_damaged(path, file, index), True)
+                report.clips += len(index.clips)
+                return report
+            members = [(f"{e.facts.key}.{suffix}", place) for e in index.clips for suffix, place in e.members.items()]
+            for problem in _tar_problems(path, members):
+                report.add(problem, True)
+            if not report.problems:
+                _check_clips(report, path, file, index, manifest, home, snippets)
     except ClipError as error:
-        report.problems.append(str(error))
-        return report
+        report.add(f"{str(error).partition(' Run python -m convert verify')[0]} It says where the shard's {counted(shard.clips, 'clip')} lie.", True)
     except OSError as error:
-        report.problems.append(f"{path}: cannot be read ({error.strerror or error}). Run the same pack again, or restore it.")
-        return report
-    report.problems += [f"{index_path(folder, split, shard.name)}: {fault}." for fault in _index_faults(manifest, split, shard, index, plan, number)]
-    members = [(f"{e.facts.key}.{suffix}", place) for e in index.clips for suffix, place in e.members.items()]
-    report.problems += _tar_problems(path, members)
-    if report.problems:
-        return report
-    with path.open("rb") as file:
-        for entry in index.clips:
-            blobs = {}
-            for suffix, (offset, size) in entry.members.items():
-                file.seek(offset)
-                blobs[suffix] = file.read(size)
-            try:
-                problems = list(_clip_problems(manifest, entry, blobs, home, snippets, report))
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                problems = [f"a member is not as format version {FORMAT_VERSION} says ({error!r})"]
-            report.problems += [f"{path}: clip '{entry.facts.key}': {problem}" for problem in problems]
-            report.clips += 1
-            count()
+        report.add(f"{path}: cannot be read ({error.strerror or error}). It holds {counted(shard.clips, 'clip')}.", True)
     return report
+
+
+def _damaged(path: Path, file: BinaryIO, index: ShardIndex) -> str:
+    """The clips of a changed tar that are not as they were packed, by name; the index is the manifest's."""
+    found = {}
+    for entry in index.clips:
+        try:
+            where = damage(entry, read_members(file, entry))
+        except (LookupError, TypeError, ValueError) as error:
+            where = f"the index is not as format version {FORMAT_VERSION} says ({error!r})"
+        if where:
+            found[entry.facts.key] = where
+        count()
+    begin = f"{path}: sha256 is not the manifest's"
+    if not found:
+        return f"{begin}; no clip of {len(index.clips)} is damaged, the change lies between them."
+    if len(found) == len(index.clips):
+        return f"{begin}; all its clips are damaged, {len(index.clips)}."
+    return f"{begin}; {len(found)} of {len(index.clips)} clips damaged:" + "".join(f"\n  '{key}': {where}" for key, where in found.items())
+
+
+def _check_clips(
+    report: ShardReport, path: Path, file: BinaryIO, index: ShardIndex, manifest: Manifest, home: Path | None, snippets: dict[str, Snippet] | None
+) -> None:
+    """The clips of a tar with the right sha256, one after another."""
+    for entry in index.clips:
+        problems, clip = unpacked(manifest, entry, read_members(file, entry))
+        for problem in problems:
+            report.add(f"{path}: clip '{entry.facts.key}': {problem}", True)
+        if clip is not None and home is not None and snippets is not None:
+            of_npz, psnr = against_npz(manifest, entry, clip, home, snippets)
+            for problem in of_npz:
+                report.add(f"{path}: clip '{entry.facts.key}': {problem}", False)
+            if psnr is not None:
+                report.psnr_db[entry.facts.key] = psnr
+        report.clips += 1
+        report.still += [entry.facts.key] if is_still(entry) else []
+        count()
 
 
 def _index_faults(manifest: Manifest, split: str, shard: ShardEntry, index: ShardIndex, plan: SplitPlan | None, number: int) -> Iterator[str]:
@@ -187,7 +235,11 @@ def _index_faults(manifest: Manifest, split: str, shard: ShardEntry, index: Shar
         yield "tells of another tar than the manifest"
     per_class = [sum(entry.facts.label == label for entry in index.clips) for label in range(len(manifest.classes))]
     if per_class != list(shard.clips_per_class):
-        yield f"holds {per_class} clips of the classes, the manifest says {list(shard.clips_per_class)}"
+        yield f"holds {_spelled(per_class)} clips of the classes, the manifest says {_spelled(shard.clips_per_class)}"
+
+
+def _spelled(counts: Sequence[int]) -> str:
+    return " and ".join(map(str, counts))
 
 
 def _tar_problems(path: Path, members: list[tuple[str, tuple[int, int]]]) -> Iterator[str]:
@@ -204,141 +256,6 @@ def _tar_problems(path: Path, members: list[tuple[str, tuple[int, int]]]) -> Ite
             return
     if len(members) != len(found):
         yield f"{path}: {len(found)} members; the index promises {len(members)}"
-
-
-def _clip_problems(
-    manifest: Manifest, entry: IndexEntry, blobs: dict[str, bytes], home: Path | None, snippets: dict[str, Snippet] | None, report: ShardReport
-) -> Iterator[str]:
-    facts = entry.facts
-    try:
-        provenance = json.loads(blobs["json"])
-        label = int(blobs["cls"])
-        frames = unpack_map(blobs["frames.mp"])
-    except (KeyError, ValueError) as error:
-        yield f"a member is missing or damaged ({error!r})"
-        return
-    class_name = provenance["path"].split("/")[1]
-    if label != facts.label or class_name not in manifest.classes or manifest.classes.index(class_name) != label:
-        yield f"label {label} in its member, {facts.label} in the index, its path says {class_name}"
-    told = {name: provenance[name] for name in ("source", "index", "begin_ms", "end_ms", "frames_valid")} | {"key": source.key_of(provenance["path"])}
-    if different := sorted(name for name, value in told.items() if getattr(facts, name) != value):
-        yield f"its json and the index disagree on {', '.join(different)}"
-    if {suffix: zlib.crc32(blob) for suffix, blob in blobs.items()} != entry.crc32:
-        yield "a member has another crc32 than the index says"
-    if {suffix: hashlib.sha256(blob).hexdigest() for suffix, blob in blobs.items() if suffix not in ("cls", "json")} != provenance["members"]:
-        yield "a member is not the one that its json tells of"
-    of_video = provenance["arrays"][manifest.arrays["video"]]
-    if entry.video_sha256 != of_video["sha256"]:
-        yield "its json and the index disagree on the source video"
-    shape = list(manifest.source.video_shape)
-    if (of_video["dtype"], of_video["shape"], provenance["source_shape"]) != ("|u1", shape, shape):
-        yield f"its json tells of another source video than the manifest's uint8 {shape}"
-    video = np.empty(manifest.stored.video_shape, np.uint8)
-    if problem := _decode(manifest, entry, frames, blobs["frames.mp"], video):
-        yield problem
-        return
-    keypoints = _mask(blobs)
-    for name, array in [(manifest.arrays["keypoints"], keypoints)] + [(n, _extra(blobs, n)) for n in manifest.arrays["kept"]]:
-        known = provenance["arrays"].get(name)
-        if (known is None) != (array is None):
-            yield f"array '{name}' is in its member or in its json, but not in both"
-        elif array is not None and (list(array.shape), sha256_of_array(array.astype(known["dtype"]))) != (known["shape"], known["sha256"]):
-            yield f"array '{name}' has another sha256 or shape than the npz had when it was packed"
-    lossless = make_codec(manifest.codec, manifest.codec_settings).lossless
-    if lossless and sha256_of_array(video) != of_video["sha256"]:
-        yield "frames have another sha256 than the npz had when it was packed"
-    if lossless and not _looks_like(video, entry):
-        yield "its frames look otherwise than the index says (frames_valid, dhash or frames_constant)"
-    if home is not None and snippets is not None:
-        yield from _against_npz(manifest, entry, provenance["arrays"], video, keypoints, home, snippets, lossless, report)
-
-
-def _decode(manifest: Manifest, entry: IndexEntry, frames: dict[str, Any], member: bytes, video: np.ndarray) -> str | None:  # Any: a msgpack map
-    """Fills `video`; the reason when the frames are not as promised or not where the index says."""
-    codec = make_codec(manifest.codec, manifest.codec_settings)
-    blobs = frames["frames"]
-    if (frames["codec"], tuple(frames["shape"])) != (codec.name, video.shape) or {len(blobs), len(entry.frames), len(frames["crc32"])} != {len(video)}:
-        found = f"{frames['codec']} {frames['shape']}, {len(blobs)} in the member and {len(entry.frames)} in the index"
-        return f"frames are {found}; the manifest promises {codec.name} {list(video.shape)}"
-    start = entry.members["frames.mp"][0]
-    for number, (blob, crc32, record) in enumerate(zip(blobs, frames["crc32"], entry.frames, strict=True)):
-        offset = int(record["offset"]) - start
-        if offset < 0 or member[offset : offset + int(record["size"])] != blob:
-            return f"frame {number} is not where the index says"
-        if not zlib.crc32(blob) == crc32 == record["crc32"]:
-            return f"frame {number} has another crc32 than recorded"
-        try:
-            codec.decode(blob, video[number])
-        except ValueError as error:
-            return f"frame {number} does not decode ({error})"
-    return None
-
-
-def _mask(blobs: dict[str, bytes]) -> np.ndarray | None:
-    if "keypoints.mp" not in blobs:
-        return None
-    points, shape = unpack_points(blobs["keypoints.mp"])
-    return mask_of(points, shape)
-
-
-def _extra(blobs: dict[str, bytes], name: str) -> np.ndarray | None:
-    return unpack_array(blobs[f"{name}.mp"]) if f"{name}.mp" in blobs else None
-
-
-def _against_npz(
-    manifest: Manifest,
-    entry: IndexEntry,
-    known: dict[str, dict[str, Any]],  # of each packed array: dtype, shape, sha256
-    video: np.ndarray,
-    keypoints: np.ndarray | None,
-    home: Path,
-    snippets: dict[str, Snippet],
-    lossless: bool,
-    report: ShardReport,
-) -> Iterator[str]:
-    snippet = snippets.get(entry.facts.key)
-    if snippet is None:
-        yield f"its npz is not in {home}"
-        return
-    if snippet.label != entry.facts.label:
-        yield f"label {entry.facts.label}; its folder in {home} says {snippet.label} ({snippet.class_name})"
-    arrays = manifest.arrays
-    names = ArrayNames(str(arrays["video"]), str(arrays["keypoints"]), arrays["keypoints_mode"])  # type: ignore[arg-type]  # as pack checked it
-    try:
-        content = read(home / snippet.path, manifest.source, names, arrays["kept"])
-    except BadNpz as error:
-        yield f"its npz cannot be read: {error}"
-        return
-    there = {names.video: content.video, names.keypoints: content.keypoints, **content.extras}
-    now = {name: told_of(array) for name, array in there.items() if array is not None}
-    same = [name for name in now.keys() & known.keys() if now[name].items() <= known[name].items()]
-    if changed := sorted((now.keys() | known.keys()) - set(same)):
-        yield f"its npz changed since it was packed: {', '.join(changed)}"
-    elif not _looks_like(content.video, entry):
-        yield f"{home / snippet.path} looks otherwise than the index says (frames_valid, dhash or frames_constant)"
-    theirs = content.keypoints
-    if (theirs is None) != (keypoints is None) or (theirs is not None and keypoints is not None and not np.array_equal(theirs, keypoints)):
-        yield f"keypoints differ from {home / snippet.path}"
-    expected = stored_frames(content.video, manifest.stored)
-    if lossless and not np.array_equal(expected, video):
-        yield f"frames differ from {home / snippet.path}"
-    report.psnr_db[entry.facts.key] = psnr_db(expected, video)
-
-
-def _looks_like(video: np.ndarray, entry: IndexEntry) -> bool:
-    """Whether the source video has what the index tells of its look."""
-    count = source.frames_valid(video)
-    valid = video[:count]
-    return (count, dhash(valid), num_constant(valid)) == (entry.facts.frames_valid, entry.dhash, entry.frames_constant)
-
-
-def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
-    """Of two uint8 videos of one shape, over all frames: 10 log10(255² / mean squared error); infinite when equal."""
-    squares = 0.0
-    for a, b in zip(expected, found, strict=True):
-        difference = a.reshape(-1).astype(np.float32) - b.reshape(-1)
-        squares += float(np.dot(difference, difference))
-    return math.inf if squares == 0 else 10 * math.log10(255**2 * expected.size / squares)
 
 
 def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -17,6 +17,7 @@ import tyro
 
 from clips.errors import InputError
 from clips.files import whole_file
+from clips.glimpse import expect_shards
 from clips.manifest import Manifest, read_index, read_manifest
 from clips.mix import permutation
 from clips.registry import check_name, nearest
@@ -73,6 +74,7 @@ class Mistake:
 
 def view(config: ViewConfig) -> int:
     """0 when the sheet is written; one line on stdout says what it shows."""
+    expect_shards(config.shards)
     manifest = read_manifest(config.shards)
     check_folder(config.output, "--output")
     if config.split is not None:

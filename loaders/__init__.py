@@ -5,4 +5,5 @@ from __future__ import annotations
 LOADERS = {
     "webdataset": "loaders.shards:ShardSource",
     "npz": "loaders.npz:NpzSource",
+    "dali": "loaders.dali:DaliSource",
 }

@@ -1,10 +1,14 @@
-"""RawBatch to Batch: on a GPU upload -> crop -> resize -> flip -> paint, on a CPU the decoding threads have done that already."""
+"""RawBatch to Batch: on a GPU upload -> crop -> resize -> flip -> paint, on a CPU the decoding threads have done that already.
+
+A graph (DALI's) does all but the paint by itself.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,10 +18,31 @@ from clips.clip import ClipSpec
 from .batch import BadClip, Batch, Slowest
 from .certificate import proof_sum, spelled
 from .decode import Outcome, RawBatch
-from .device import crop_resize_flip, to_device
+from .device import crop_resize_flip, paint, to_device
 from .requests import Request
 from .sample import View, move_points, whole_view
 from .source import ClipSource
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Clips on the device, uint8 (B, T, h, w, 3), cropped, resized and flipped but not painted; zeros where there is an error."""
+
+    video: torch.Tensor
+    requests: Sequence[Request]
+    outcomes: Sequence[Outcome]
+
+
+class Graph(Protocol):
+    """What decodes and resizes whole batches on the device, from rows that the threads wrote; one pass at a time."""
+
+    row_shape: tuple[int, ...]  # of the bytes of one frame, as the threads write them
+
+    def run(self, batches: Iterator[RawBatch]) -> Iterator[Resized]:
+        """The same batches in the same order."""
+
+    def close(self) -> None:
+        """Gives the device's memory back."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +56,7 @@ class Finisher:
     is_finished: bool  # whether the raw batches have the final size already
     upload: torch.cuda.Stream | None
 
-    def finish(self, raw: RawBatch, epoch: int | None) -> Batch:
+    def finish(self, raw: RawBatch | Resized, epoch: int | None) -> Batch:
         facts = self.source.facts
         loaded = [outcome.loaded for outcome in raw.outcomes]
         unpainted = whole_view(self.source.stored.height, self.source.stored.width)  # a clip that could not be read stays zeros
@@ -60,7 +85,10 @@ class Finisher:
             slowest=slowest,
         )
 
-    def _video(self, raw: RawBatch, views: Sequence[View]) -> torch.Tensor:
+    def _video(self, raw: RawBatch | Resized, views: Sequence[View]) -> torch.Tensor:
+        if isinstance(raw, Resized):
+            paint(raw.video, views)
+            return raw.video
         if self.is_finished:  # no copy: the buffer returns to the threads when the last tensor that shares its memory is gone
             view = raw.video[:]
             weakref.finalize(view, raw.release).atexit = False
@@ -80,7 +108,7 @@ class Finisher:
         pinned = self.device.type == "cuda"
         return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self.device, non_blocking=pinned)
 
-    def _masks(self, raw: RawBatch, views: Sequence[View]) -> torch.Tensor:
+    def _masks(self, raw: RawBatch | Resized, views: Sequence[View]) -> torch.Tensor:
         """0/1 uint8 (B, T, H, W): the points moved as the pixels were, then drawn; clips without keypoints have zeros."""
         stored, source = self.source.stored, self.source.source
         size = (self.spec.height, self.spec.width)
@@ -95,7 +123,7 @@ class Finisher:
         return masks
 
 
-def _proof(raw: RawBatch, epoch: int | None) -> int:
+def _proof(raw: RawBatch | Resized, epoch: int | None) -> int:
     """The batch's part of its epoch's certificate; 0 in evaluation."""
     if epoch is None:
         return 0

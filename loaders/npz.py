@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from clips.clip import ClipSpec
 from clips.errors import ClipError, InputError
 from clips.format import ClipFacts
 from clips.npz import BadNpz
@@ -13,6 +15,11 @@ from clips.snippets import ArrayNames, Content, Snippet, check_headers, find, li
 
 from .shards import points_of_frames
 from .source import ChooseFrames, Frames, Loaded
+
+if TYPE_CHECKING:
+    import torch
+
+    from .finish import Graph
 
 WITHOUT_MASK = ArrayNames(keypoints_mode="none")
 
@@ -51,6 +58,9 @@ class NpzSource:
         self._home, self._snippets, self.class_names, self.stored, self.source = home, snippets, class_names, spec, spec
         # frames_valid is known only once a file is inflated; until then all frames count
         self.facts = [ClipFacts(s.key, s.label, s.source, s.index, s.begin_ms, s.end_ms, spec.frames) for s in snippets]
+
+    def graph(self, spec: ClipSpec, micro_batch: int, device: torch.device, threads: int, hw_decoder_load: float) -> Graph | None:
+        return None
 
     def describe(self) -> list[str]:
         return [

@@ -12,6 +12,7 @@ import numpy as np
 from clips.errors import InputError
 from clips.format import ClipFacts
 from clips.mix import permutation
+from clips.words import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,9 @@ class Plan:
     def __post_init__(self) -> None:
         if self.num_clips < 1:
             raise InputError("the split holds no clips; expected at least one.")
-        if self.batch_size < 1 or self.batch_size % self.world_size:
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size}: expected at least 1.")
+        if self.batch_size % self.world_size:
             raise InputError(f"--batch-size {self.batch_size}: expected a multiple of the {self.world_size} ranks.")
         if self.micro_batch < 1 or self.rank_batch % self.micro_batch:
             raise InputError(
@@ -105,11 +108,13 @@ class Plan:
     def check_epoch(self) -> None:
         """Raises InputError where an epoch has no full batch."""
         if self.steps_per_epoch == 0:
-            holder = "the split" if self.labels is None else "an epoch of balanced classes"
-            holder += f", each clip {self.repeats} times" * (self.repeats > 1)
+            clips = counted(self._different_clips, "clip")
+            clips += " in balanced classes" * (self.labels is not None) + f", each {self.repeats} times" * (self.repeats > 1)
+            most = self.epoch_clips - self.epoch_clips % math.lcm(self.world_size, self.repeats)
+            smaller = f"a --batch-size of at most {most}" if most else f"fewer ranks than {self.world_size}"
             raise InputError(
-                f"--batch-size {self.batch_size}: larger than {holder}, which holds {self.epoch_clips} clips. "
-                f"Expected at most {self.epoch_clips - self.epoch_clips % self.world_size}."
+                f"--batch-size {self.batch_size}: an epoch has {clips}, not enough for one step. "
+                f"Give {smaller}, or more clips: a larger --fraction, another --dataset-home{', no --balance' * (self.labels is not None)}."
             )
 
     def training(self, epoch: int, consumed: int = 0) -> Iterator[Part]:

@@ -13,16 +13,24 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clips.clip import ClipSpec
 from clips.codecs import make_codec
 from clips.errors import ClipError, InputError
 from clips.format import IndexEntry, unpack_points
 from clips.manifest import read_index, read_manifest, tar_path
+from clips.words import counted
 
 from .source import ChooseFrames, Frames, Loaded
 from .staging import Stager
+
+if TYPE_CHECKING:
+    import torch
+
+    from .finish import Graph
 
 SPARE_FILES = 512  # for everything else that a training opens
 GAP_BYTES = 65536  # bytes nobody asked for that are read along rather than read around: a second request costs more
@@ -56,10 +64,10 @@ class ShardSource:
         entries.sort(key=lambda pair: pair[0].facts.key.encode())
         self._entries = entries
         self.facts = [entry.facts for entry, _ in entries]
-        self._kind = f"{manifest.codec} {manifest.codec_settings}"
+        self._kind = f"{manifest.codec} of " + ", ".join(f"{name} {value}" for name, value in manifest.codec_settings.items())
 
     def __reduce__(self) -> tuple[type[ShardSource], tuple[Path, str]]:
-        return ShardSource, (self._home, self._split)
+        return type(self), (self._home, self._split)
 
     def _open(self, path: Path, tar_bytes: int) -> None:
         try:
@@ -73,9 +81,12 @@ class ShardSource:
         if (found := os.fstat(descriptor).st_size) != tar_bytes:
             raise ClipError(f"{path}: {found} bytes; the manifest promises {tar_bytes}. Copy it again, or run python -m convert verify.")
 
+    def graph(self, spec: ClipSpec, micro_batch: int, device: torch.device, threads: int, hw_decoder_load: float) -> Graph | None:
+        return None
+
     def describe(self) -> list[str]:
         staged = self._stager.describe() if self._stager else []
-        return [f"{len(self.facts)} clips in {len(self._paths)} shards, {self._kind}, frames stored as {self.stored}", *staged]
+        return [f"{counted(len(self.facts), 'clip')} in {counted(len(self._paths), 'shard')}, {self._kind}, frames stored as {self.stored}", *staged]
 
     def stage(self, folder: Path) -> None:
         self._stager = Stager(self._home, self._split, self._shards, folder, self._read_from)
@@ -208,11 +219,14 @@ class ShardClip:
             self._buffer = None
 
     def error(self, member: str, reason: str) -> ClipError:
-        offset = self._entry.members[member][0]
-        return ClipError(
-            f"{self._source.path_of(self.shard)}: clip '{self._entry.facts.key}', member {member} at offset {offset}: {reason}. "
-            "Run python -m convert verify on its folder."
-        )
+        return clip_error(self._source.path_of(self.shard), self._entry, member, reason)
+
+
+def clip_error(path: Path, entry: IndexEntry, member: str, reason: str) -> ClipError:
+    """What is wrong with a clip, to the byte."""
+    return ClipError(
+        f"{path}: clip '{entry.facts.key}', member {member} at offset {entry.members[member][0]}: {reason}. Run python -m convert verify on its folder."
+    )
 
 
 def runs_of(wanted: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -7,19 +7,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from clips.clip import ClipSpec
 from clips.errors import InputError
 from clips.format import ClipFacts
+from clips.glimpse import expect_shards, hint_at
 from clips.manifest import is_packed, read_manifest
 from clips.mix import hash64
 from clips.registry import resolve
 from clips.snippets import SPLITS
 
 from . import LOADERS
+
+if TYPE_CHECKING:  # a process beside the training imports this file, and no torch
+    import torch
+
+    from .finish import Graph
 
 ChooseFrames = Callable[[int], np.ndarray]  # from the number of valid frames to the chosen ones (T,)
 
@@ -70,6 +76,9 @@ class ClipSource(Protocol):
     def stage(self, folder: Path) -> None:
         """Begins to copy what is read to a local folder; raises InputError where that makes no sense."""
 
+    def graph(self, spec: ClipSpec, micro_batch: int, device: torch.device, threads: int, hw_decoder_load: float) -> Graph | None:
+        """What decodes, crops, resizes and flips on the device in place of our own code; None where our own code does."""
+
     def describe(self) -> list[str]:
         """Lines for the log."""
 
@@ -79,7 +88,12 @@ class ClipSource(Protocol):
 
 def open_source(home: Path, split: str, loader: str = "auto") -> ClipSource:
     """The split's clips; `auto` takes webdataset for a folder of shards and npz for one of snippets."""
-    kind = resolve(LOADERS, loader_for(home) if loader == "auto" else loader, "--loader")
+    name = loader_for(home) if loader == "auto" else loader
+    kind = resolve(LOADERS, name, "--loader")
+    if name == "npz" and is_packed(home):
+        raise InputError(f"--loader npz: {home} holds shards. Leave --loader out, or give the folder of npz snippets.")
+    if name != "npz":
+        expect_shards(home)
     source: ClipSource = kind(home, split)
     return source
 
@@ -98,7 +112,7 @@ def splits_of(home: Path) -> list[str]:
     if any((home / split / "plan.json").is_file() for split in splits):
         raise InputError(f"--dataset-home {home}: shards without a manifest: packing has not ended. Run the same python -m convert pack again.")
     if not splits:
-        raise InputError(f"--dataset-home {home}: neither shards (manifest.json) nor snippets ({{train,val,test}}/CLASS/*.npz) below it.")
+        raise InputError(f"--dataset-home {home}: neither shards (manifest.json) nor snippets ({{train,val,test}}/CLASS/*.npz) below it.{hint_at(home)}")
     return splits
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from clips.claim import HeldError
 from clips.errors import InputError
 from clips.files import sha256_of, sync_folder, temporary_name, write_whole
+from clips.glimpse import expect_shards
 from clips.manifest import MANIFEST, Manifest, ShardEntry, index_path, tar_path, write_manifest
 from clips.registry import check_name
 from clips.snippets import SPLITS
@@ -51,6 +52,8 @@ class StageConfig:
 def stage(config: StageConfig) -> Path:
     """The staged home, printed too; raises InputError for what is missing, wrong or too large. A home with a manifest is complete."""
     origin = find_origin(config.shards, config.allow_pipe)
+    if not origin.is_remote:
+        expect_shards(Path(origin.base))
     manifest, blob = fetch_manifest(origin)
     for split in config.splits:
         check_name(manifest.splits, split, "--splits")

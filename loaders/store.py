@@ -47,6 +47,8 @@ class Store:
         self.home = folder / f"gesture-clips-{os.geteuid()}"
         self.copies = self.home / "by-sha256"
         advice = "Give a folder on the node's own disk that you may write to."
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{flag}{folder}: expected a folder to stage into; found a file. {advice}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.home.mkdir(mode=0o700, exist_ok=True)

@@ -29,7 +29,7 @@ from .batch import Batch
 from .beside import Beside, Job
 from .decode import DecodeThreads, Effort, FreeList, RawBatch
 from .device import FinishingFrames, one_thread
-from .finish import Finisher
+from .finish import Finisher, Resized
 from .plan import Plan
 from .requests import Pass, Recipe
 from .sample import AugmentConfig
@@ -38,6 +38,7 @@ from .views import ONE_VIEW, Views
 
 MAX_THREADS = 8
 LOOK_AHEAD = 32
+HW_DECODER_LOAD = 0.65  # DALI's own default; not yet measured here
 
 DecodeIn = Literal["auto", "threads", "process"]
 
@@ -49,7 +50,7 @@ class LoaderConfig:
     dataset_home: Path
     """The folder of shards that pack wrote, or the unconverted folder of npz snippets."""
     loader: str = "auto"
-    """webdataset, npz, or auto: whichever fits the folder."""
+    """webdataset, npz, dali (shards, decoded and resized on the GPU by NVIDIA DALI), or auto: webdataset or npz, whichever fits the folder."""
     threads: int | None = None
     """Decoding threads of each rank; default: the cores that this rank may use, at most 8."""
     prefetch: int = 2
@@ -62,6 +63,8 @@ class LoaderConfig:
     """A folder on a local disk, such as $TMPDIR: shards are copied there in the background and read from there."""
     max_bad_clips: int = 0
     """Clips that may be unreadable in an epoch, over all ranks: they stay in their batches with weight 0 and are named; in evaluation they are left out."""
+    hw_decoder_load: float = HW_DECODER_LOAD
+    """Of the frames, the share that --loader dali gives to the GPU's JPEG engine, where it has one: 0 … 1. Kept when a run goes on: pixels depend on it."""
 
     def __post_init__(self) -> None:
         if self.loader != "auto":
@@ -74,6 +77,8 @@ class LoaderConfig:
             raise InputError(f"--look-ahead {self.look_ahead}: expected at least 0.")
         if self.max_bad_clips < 0:
             raise InputError(f"--max-bad-clips {self.max_bad_clips}: expected at least 0.")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise InputError(f"--hw-decoder-load {self.hw_decoder_load}: expected 0 … 1.")
 
 
 def default_threads() -> int:
@@ -100,6 +105,7 @@ class Loader:
         stage_dir: Path | None = None,
         max_bad_clips: int = 0,
         sampling: str = "uniform",
+        hw_decoder_load: float = HW_DECODER_LOAD,
     ) -> None:
         self.source, self.plan, self.spec = source, plan, spec
         numbers = np.asarray(subset if subset is not None else range(len(source.facts)))
@@ -108,12 +114,15 @@ class Loader:
         self._max_bad_clips = max_bad_clips
         recipe = Recipe(plan, spec.frames, augment or AugmentConfig(), numbers, sampling)
         effort = Effort(threads, prefetch, look_ahead)
-        beside = decode_in == "process" or (decode_in == "auto" and device.type == "cuda")
-        finished = not beside and device.type == "cpu"
-        make = _in_process if beside else _in_threads
-        self._run, self._close = make(source, recipe, effort, with_points, spec if finished else None, device.type == "cuda", stage_dir)
-        upload = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._finisher = Finisher(source, spec, device, with_points, finished, upload)
+        on_gpu = device.type == "cuda"
+        self._graph = source.graph(spec, plan.micro_batch, device, threads, hw_decoder_load)
+        beside = decode_in == "process" or (decode_in == "auto" and on_gpu)
+        finished = spec if self._graph is None and not beside and not on_gpu else None
+        row_shape = self._graph.row_shape if self._graph else (source.stored.height, source.stored.width, 3)
+        make = partial(_in_process, row_shape=row_shape) if beside else partial(_in_threads, row_shape=row_shape, finished=finished)
+        self._run, self._close = make(source, recipe, effort, with_points, pinned=on_gpu, stage_dir=stage_dir)
+        upload = torch.cuda.Stream(device) if on_gpu and self._graph is None else None
+        self._finisher = Finisher(source, spec, device, with_points, finished is not None, upload)
 
     def training(self, epoch: int, consumed: int = 0) -> Iterator[Batch]:
         """This rank's micro-batches of an epoch, from the position `consumed` (clips of finished steps) on; nothing is read to be skipped.
@@ -130,10 +139,11 @@ class Loader:
         return self._batches(Pass(None, views=views))
 
     def _batches(self, asked: Pass) -> Iterator[Batch]:
-        pipeline = webdataset.DataPipeline(lambda: self._run(asked), partial(self._finished, asked.epoch))
+        on_device = [self._graph.run] if self._graph else []
+        pipeline = webdataset.DataPipeline(lambda: self._run(asked), *on_device, partial(self._finished, asked.epoch))
         return iter(pipeline)
 
-    def _finished(self, epoch: int | None, batches: Iterator[RawBatch]) -> Iterator[Batch]:
+    def _finished(self, epoch: int | None, batches: Iterator[RawBatch | Resized]) -> Iterator[Batch]:
         bad: set[str] = set()  # a clip counts once, however often it comes: in several views, or repeated
         for raw in batches:
             batch = self._finisher.finish(raw, epoch)
@@ -144,6 +154,8 @@ class Loader:
             yield batch
 
     def close(self) -> None:
+        if self._graph:
+            self._graph.close()
         self._close()
         self.source.close()
 
@@ -152,10 +164,17 @@ Decoder = tuple[Callable[[Pass], Iterator[RawBatch]], Callable[[], None]]  # wha
 
 
 def _in_threads(
-    source: ClipSource, recipe: Recipe, effort: Effort, with_points: bool, finished: ClipSpec | None, pinned: bool, stage_dir: Path | None
+    source: ClipSource,
+    recipe: Recipe,
+    effort: Effort,
+    with_points: bool,
+    row_shape: tuple[int, ...],
+    pinned: bool,
+    stage_dir: Path | None,
+    finished: ClipSpec | None,
 ) -> Decoder:
-    """Threads of this process; with `finished` they also resize."""
-    shape = (recipe.plan.micro_batch, *(finished or ClipSpec(recipe.num_frames, source.stored.height, source.stored.width)).video_shape)
+    """Threads of this process, which write each frame as uint8 of `row_shape`; with `finished` they also resize."""
+    shape = (recipe.plan.micro_batch, recipe.num_frames, *((finished.height, finished.width, 3) if finished else row_shape))
     slots = FreeList(lambda: torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy())
     if finished:
         threads = DecodeThreads(source, slots, effort, with_points, FinishingFrames(source.stored, (finished.height, finished.width)), one_thread)
@@ -167,11 +186,10 @@ def _in_threads(
 
 
 def _in_process(
-    source: ClipSource, recipe: Recipe, effort: Effort, with_points: bool, finished: ClipSpec | None, pinned: bool, stage_dir: Path | None
+    source: ClipSource, recipe: Recipe, effort: Effort, with_points: bool, row_shape: tuple[int, ...], pinned: bool, stage_dir: Path | None
 ) -> Decoder:
     """Threads of a process beside this one."""
-    stored = ClipSpec(recipe.num_frames, source.stored.height, source.stored.width)
-    shape = (effort.prefetch + 1, recipe.plan.micro_batch, *stored.video_shape)
+    shape = (effort.prefetch + 1, recipe.plan.micro_batch, recipe.num_frames, *row_shape)
     job = Job(source, recipe, effort, with_points, shape, stage_dir, logging.getLogger().getEffectiveLevel())
     beside = Beside(job, _pin if pinned else None)
     return beside.run, beside.close

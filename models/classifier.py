@@ -153,6 +153,8 @@ class ClipClassifier(nn.Module):
         if self.frozen:
             self.training = mode
             self.classifier.train(mode)
+            for layer in self.layers if self.checkpointed and self.uses_keypoints else ():  # gradients pass them on their way to the channel
+                layer.training = mode  # what transformers asks before it checkpoints; not what is in it: dropout and drop path stay off
         return self
 
     def checkpoint_activations(self, on: bool) -> None:
@@ -163,11 +165,8 @@ class ClipClassifier(nn.Module):
         else:
             getattr(self, f"{word}_checkpointing_disable")()
         self.checkpointed = on
-
-    def keypoint_parameters(self) -> list[nn.Parameter]:
-        """The channel's weights, which start from zero and want the full learning rate; empty without the channel."""
-        weight = self.projection.keypoint_weight
-        return [] if weight is None else [weight]
+        if self.frozen:
+            self.train(self.training)
 
     @property
     def num_layers(self) -> int:

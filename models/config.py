@@ -77,9 +77,9 @@ class ModelConfig:
         if not self.head_init_scale > 0:
             raise InputError(f"--head-init-scale {self.head_init_scale}: expected more than 0, 1 for normal(0.02).")
         if self.mean is not None and not all(0 <= value <= 1 for value in self.mean):
-            raise InputError(f"--mean {self.mean}: expected three numbers from 0 to 1. Divide means of bytes by 255.")
+            raise InputError(f"--mean {_spelled(self.mean)}: expected three numbers from 0 to 1. Divide means of bytes by 255.")
         if self.std is not None and not all(0 < value <= 1 for value in self.std):
-            raise InputError(f"--std {self.std}: expected three numbers above 0, at most 1. Divide deviations of bytes by 255.")
+            raise InputError(f"--std {_spelled(self.std)}: expected three numbers above 0, at most 1. Divide deviations of bytes by 255.")
 
     def _check_choices(self) -> None:
         """A config.json of an earlier run passes no command line parser."""
@@ -93,3 +93,8 @@ class ModelConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {' or '.join(str(value) for value in allowed if value)}.")
+
+
+def _spelled(values: Triple) -> str:
+    """As one types them."""
+    return " ".join(map(str, values))

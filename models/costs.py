@@ -36,13 +36,17 @@ class Cost:
 
     def describe(self) -> str:
         """A line for the log."""
-        kept = f"{self.activation_bytes_per_clip / 2**30:.2f} GiB, or {self.checkpointed_bytes_per_clip / 2**30:.2f} with activation checkpointing"
-        return f"cost of a clip: {self.tokens} tokens, {self.gflop_forward_backward:.0f} GFLOP forward and backward, estimated to keep {kept}"
+        kept = f"{_memory(self.activation_bytes_per_clip)}, or {_memory(self.checkpointed_bytes_per_clip)} with activation checkpointing"
+        return f"cost of a clip: {self.tokens} tokens, {self.gflop_forward_backward:.3g} GFLOP forward and backward, estimated to keep {kept}"
 
     def step_bytes(self, checkpointed: bool) -> int:
         """Memory of a step at its fullest."""
         clip = self.checkpointed_bytes_per_clip if checkpointed else self.activation_bytes_per_clip
         return self.fixed_bytes + self.micro_batch * clip
+
+
+def _memory(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def estimate(model: ClipClassifier, spec: ClipSpec | None = None, micro_batch: int = 1, dtype: Precision = "bf16") -> Cost:

@@ -42,11 +42,24 @@ def resolve_geometry(config: ModelConfig, own: ClipSpec, source: ClipSpec | None
 def _frames(config: ModelConfig, own: ClipSpec, source: ClipSpec | None, tubelet: int) -> tuple[int, str]:
     """Frames, and the flag that asked for them."""
     if isinstance(config.frames, int):
+        _check_stored(config.frames, own, source, tubelet)
         return config.frames, f"--frames {config.frames}"
     if config.frames == "all" or config.geometry == "full":
         flag = "--frames all" if config.frames == "all" else "--geometry full"
-        return -(-_stored(source, flag).frames // tubelet) * tubelet, flag
+        return _all_frames(_stored(source, flag), tubelet), flag
     return own.frames, "--geometry native"
+
+
+def _all_frames(source: ClipSpec, tubelet: int) -> int:
+    """The stored frames, rounded up to whole tubelets: 40 of 39."""
+    return -(-source.frames // tubelet) * tubelet
+
+
+def _check_stored(frames: int, own: ClipSpec, source: ClipSpec | None, tubelet: int) -> None:
+    """Raises InputError for more frames than are stored; as many as the checkpoint's own may be asked for by number, too."""
+    if source is not None and frames > max(_all_frames(source, tubelet), own.frames):
+        most = _all_frames(source, tubelet)
+        raise InputError(f"--frames {frames}: a clip has {source.frames} stored frames, more only repeat them. Give at most {most}, as --frames all does.")
 
 
 def _size(config: ModelConfig, own: ClipSpec, source: ClipSpec | None) -> tuple[tuple[int, int], str]:

@@ -7,10 +7,17 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clips.clip import ClipSpec
 from loaders.source import ChooseFrames, ClipSource, Fetched, Frames, Loaded
+
+if TYPE_CHECKING:
+    import torch
+
+    from loaders.finish import Graph
 
 FATAL = 10  # the number of the clip at which something happens
 
@@ -30,6 +37,9 @@ class Around:
 
     def stage(self, folder: Path) -> None:
         self.inside.stage(folder)
+
+    def graph(self, spec: ClipSpec, micro_batch: int, device: torch.device, threads: int, hw_decoder_load: float) -> Graph | None:
+        return self.inside.graph(spec, micro_batch, device, threads, hw_decoder_load)
 
     def describe(self) -> list[str]:
         return self.inside.describe()

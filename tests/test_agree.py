@@ -107,6 +107,7 @@ def test_a_file_agrees_with_itself(tmp_path: Path) -> None:
         "  right in one alone: 0 and 0, McNemar's p 1",
         f"  Δauroc +0.0000 [+0.0000 to +0.0000]: {found.values['auroc'][0]:.4f} -> {found.values['auroc'][0]:.4f}",
         f"  Δf1 +0.0000 [+0.0000 to +0.0000]: {found.values['f1'][0]:.4f} -> {found.values['f1'][0]:.4f}",
+        "  (intervals over 12 sources)",
     ]
 
 

@@ -215,7 +215,7 @@ def test_a_rank_without_clips_has_an_empty_evaluation_and_too_large_a_batch_is_t
     several = {"split": "val", "batch_size": 8, "micro_batch": 1, "world_size": 8}
     with opened(packed, decode_in="process", **several) as loader:  # type: ignore[arg-type]  # strings and numbers
         assert list(loader.evaluation()) == []
-        with pytest.raises(InputError, match=r"^--batch-size 8: larger than the split, which holds 7 clips\. Expected at most 0\.$"):
+        with pytest.raises(InputError, match=r"^--batch-size 8: an epoch has 7 clips, not enough for one step\. Give fewer ranks than 8, or more clips"):
             next(loader.training(0))
         assert list(loader.evaluation()) == []
 

@@ -104,7 +104,7 @@ def test_every_metric_has_an_interval_around_it() -> None:
     labels = chance.randint(0, 2, 400)
     judged = binary(labels.tolist(), np.clip(0.3 + 0.3 * labels + chance.normal(0, 0.2, 400), 0, 1).tolist(), [f"s{n % 40}" for n in range(400)])
     found, values = intervals(judged, threshold=0.45), evaluate(judged.labels, judged.probabilities, TWO) | at_threshold(judged, 0.45)
-    assert set(found.ends) == {*METRICS, "f1_at_threshold"} and not found.notes
+    assert set(found.ends) == {*METRICS, "f1_at_threshold"} and list(found.notes) == ["intervals over 40 sources"]
     for name, ends in found.ends.items():
         value = values[name]
         assert ends is not None and isinstance(value, float) and ends[0] < value < ends[1] and ends[1] - ends[0] < 0.25
@@ -115,7 +115,14 @@ def test_fewer_than_five_sources_have_no_interval_and_say_so(num_sources: int, t
     judged = binary([0, 1] * 10, [0.2, 0.7] * 10, [str(n // 2 % num_sources) for n in range(20)])
     found = intervals(judged)
     assert bool(found.ends) is there
-    assert list(found.notes) == ([] if there else ["no intervals: 4 sources, expected at least 5."])
+    assert list(found.notes) == ["intervals over 5 sources, too few: they are too narrow" if there else "no intervals: 4 sources, expected at least 5"]
+
+
+@pytest.mark.parametrize(("num_sources", "is_few"), [(9, True), (10, False)])
+def test_intervals_over_fewer_than_ten_sources_warn_in_few_words(num_sources: int, is_few: bool) -> None:
+    judged = binary([0, 1] * 20, [0.2, 0.7] * 20, [str(n // 2 % num_sources) for n in range(40)])
+    (note,) = intervals(judged).notes
+    assert note.startswith(f"intervals over {num_sources} sources") and ("too few" in note) is is_few
 
 
 def test_resamples_without_a_class_are_left_out_and_told() -> None:
@@ -127,8 +134,9 @@ def test_resamples_without_a_class_are_left_out_and_told() -> None:
     assert found.ends["rare_metric"] == pytest.approx(tuple(np.quantile([n for n in range(1000) if n % 20], [0.025, 0.975])))
     assert found.ends["rarer"] is None and found.ends["never"] is None
     assert list(found.notes) == [
-        "the interval of rare metric leaves out 50 of 1000 resamples, in which it is undefined.",
-        "no interval of rarer: undefined in 200 of 1000 resamples of the sources.",
+        "intervals over 8 sources, too few: they are too narrow",
+        "no interval of rarer: undefined in over 10 % of the resamples",
+        "up to 50 of 1000 resamples left out of rare metric: they lack a class",
     ]
 
 
@@ -136,4 +144,4 @@ def test_a_class_in_one_source_of_many_leaves_auroc_without_an_interval() -> Non
     judged = binary([1, *[0] * 9], [0.9, *[0.1] * 9])
     found = intervals(judged)
     assert found.ends["auroc"] is None and found.ends["accuracy"] is not None
-    assert any(note.startswith("no interval of auroc: undefined in 3") for note in found.notes)  # (9/10)^10 = 0.35 of the resamples miss it
+    assert any(note.startswith("no interval of") and "auroc" in note for note in found.notes)  # (9/10)^10 = 0.35 of the resamples miss it

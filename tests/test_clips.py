@@ -84,7 +84,7 @@ def test_a_flat_config_fills_a_nested_one_again() -> None:
     assert flat == {"names": ("a", "b"), "count": 5, "folder": "there", "other": None}
     assert command.with_values(Outer(), json.loads(json.dumps(flat)), "config.json") == config
     assert command.with_values(Outer(), {"count": 4}, "config.json") == Outer(Flags(count=4))
-    with pytest.raises(InputError, match=r"config.json: cuont are no flags of this command\. Did you mean count\?"):
+    with pytest.raises(InputError, match=r"config.json: cuont is no flag of this command\. Did you mean count\?"):
         command.with_values(Outer(), {"cuont": 4}, "config.json")
 
 
@@ -247,6 +247,14 @@ def test_the_first_to_take_a_name_keeps_it(tmp_path: Path, monkeypatch: pytest.M
     write_once(tmp_path / "other", b"new")
     assert path.read_bytes() == first and (tmp_path / "other").read_bytes() == b"new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "plan.json"]
+
+
+def test_a_config_file_that_is_missing_is_a_folder_or_no_json_says_which(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("--lr 1")
+    for name, fault in (("none.json", "no such file"), (".", "cannot be read (Is a directory)"), ("text", "not readable as JSON")):
+        with pytest.raises(InputError) as error:
+            command.read_values(tmp_path / name, ())
+        assert str(error.value).startswith(f"--config {tmp_path / name}: {fault}"), error.value
 
 
 def test_temporary_names_differ_and_are_hidden(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from clips import command
 from clips.errors import InputError
 from training import __main__, compare
-from training.compare import CompareConfig, Group, groups_of, mean_std, ranked, read_run, spelled, table
+from training.compare import CompareConfig, Group, common_folder, groups_of, mean_std, ranked, read_run, spelled, table
 from training.curves import draw_curves
 from training.run_folder import FREE
 
@@ -67,11 +67,44 @@ def test_runs_that_differ_in_seed_and_free_flags_are_one_group_with_mean_and_dev
 
 def test_val_alone_ranks_and_test_is_told_of_the_best_group_only(six: list[Path]) -> None:
     text = table(groups(*six), "auroc")
-    lines = text.splitlines()
-    assert lines[1].split()[:2] == ["1.", "3"] and "0.8200 ± 0.0200" in lines[1] and lines[1].endswith("--lr 0.01") and "3, 3, 3" in lines[1]
-    assert lines[2].startswith("2.") and "0.7100 ± 0.0100" in lines[2] and "2, 2, 2" in lines[2]
-    assert lines[3] == "test of 1.: f1 0.4000 ± 0.0500, auroc 0.8000 ± 0.1000"
-    assert "0.99" not in text and len(lines) == 4
+    assert text.splitlines() == [
+        f"val auroc at each run's best epoch, mean ± standard deviation over the runs of a row; folders in {six[0].parent}",
+        "    val auroc        runs  best epochs  folders     settings",
+        "1.  0.8200 ± 0.0200  3     3, 3, 3      b0, b1, b2  --lr 0.01",
+        "2.  0.7100 ± 0.0100  3     2, 2, 2      a0, a1, a2  --lr 0.001",
+        "test of 1., 3 runs:",
+        "    f1     0.4000 ± 0.0500",
+        "    auroc  0.8000 ± 0.1000",
+    ]
+    assert "0.99" not in text
+
+
+def test_groups_of_one_value_are_told_to_tie(tmp_path: Path) -> None:
+    equal = [write_run(tmp_path / f"equal{lr}", [0.7], test=0.5, lr=lr) for lr in (0.1, 0.2)]
+    near = write_run(tmp_path / "near", [0.70001], test=0.6, lr=0.3)
+    assert "1. and 2. tie: val auroc is equal; the test is that of the one given first" in table(groups(*equal), "auroc").splitlines()
+    text = table(groups(*equal, near), "auroc")
+    assert "1. and 2. tie: val auroc is equal to 4 digits\n2. and 3. tie: val auroc is equal\n" in text and "0.6000" in text
+    other = write_run(tmp_path / "other", [0.6], lr=0.5)
+    unfinished = write_run(tmp_path / "unfinished", [0.6], lr=0.4, done=False)
+    assert "tie" not in table(groups(equal[0], other, unfinished), "auroc")
+
+
+def test_folders_are_named_from_where_they_part_and_only_the_first_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(10):
+        write_run(Path("lr") / f"s{number}", [0.5], seed=number)
+    runs = [Path("lr") / f"s{number}" for number in range(10)]
+    text = table(groups(*runs), "auroc")
+    assert "; folders in lr\n" in text and "s0, s1, s2, s3, s4, s5, s6, s7 and 2 more  the same" in text
+    assert "lr/s0, alone  the same" in table(groups(runs[0], write_run(Path("alone"), [0.5])), "auroc")
+    assert common_folder([Path("lr/s0"), tmp_path]) is None and common_folder([tmp_path / "a" / "b", tmp_path / "c"]) == tmp_path
+
+
+def test_one_run_is_a_run_and_tests_that_some_runs_lack_are_told(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one", [0.5], test=0.25), write_run(tmp_path / "other", [0.5], seed=1)
+    assert "test of 1., 1 run:\n    f1     0.1250\n    auroc  0.2500" in table(groups(one), "auroc")
+    assert "test of 1., 1 of its 2 runs:" in table(groups(one, other), "auroc")
 
 
 def test_the_value_is_taken_at_the_epoch_that_the_run_chose(tmp_path: Path) -> None:
@@ -102,10 +135,10 @@ def test_unfinished_runs_are_marked_and_left_out_of_the_mean_of_finished_ones(tm
     (stopped / "stopped.json").write_text('{"reason": "interrupted"}')
     best, other = groups(stopped, running, finished)
     assert best.values("auroc") == [0.7] and other.values("auroc") == [0.96]
-    assert list(best.notes()) == [f"{running} is not finished (1 of 3 epochs), left out of the mean"]
-    assert list(other.notes()) == [f"{stopped} is not finished (2 of 3 epochs, stopped: interrupted)"]
+    assert list(best.notes()) == [f"{running} is not finished (epoch 1 of 3), left out of the mean"]
+    assert list(other.notes()) == [f"{stopped} is not finished (epoch 2 of 3, stopped: interrupted)"]
     text = table([best, other], "auroc")
-    assert "2.  1 unfinished  0.9600" in text and f"1. {running} is not finished" in text
+    assert "2.  0.9600     1 unfinished" in text and f"note on 1.: {running} is not finished" in text
 
 
 def test_an_unfinished_run_has_no_test_whatever_its_lines_say(tmp_path: Path) -> None:
@@ -116,14 +149,16 @@ def test_an_unfinished_run_has_no_test_whatever_its_lines_say(tmp_path: Path) ->
 def test_repeated_seeds_and_several_homes_in_a_group_are_told(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one", [0.5]), write_run(tmp_path / "other", [0.5], dataset_home="shards-q75")
     (group,) = groups(one, other)
-    assert list(group.notes()) == ["seeds repeat: 0 0", "same clips from 2 homes, maybe of another quality: shards, shards-q75"]
-    assert group.settings == "all runs"
+    assert list(group.notes()) == ["of the same seed (0) there is more than one run", "same clips from 2 homes, maybe of another quality: shards, shards-q75"]
+    assert group.settings == "the same"
 
 
 def test_other_clips_and_other_flags_are_other_groups_and_named(tmp_path: Path) -> None:
     plain = write_run(tmp_path / "plain", [0.5])
     data = write_run(tmp_path / "data", [0.6], data={"train": "zyxwvutsrqp", "val": "0123"})
     newer = write_run(tmp_path / "newer", [0.7], ema=0.999)
+    on, off = write_run(tmp_path / "on", [0.5], balance=True), write_run(tmp_path / "off", [0.4], balance=False, lr_milestones=[3, 8])
+    assert [group.settings for group in groups(on, off)] == ["--balance, --lr-milestones not set", "--no-balance, --lr-milestones 3 8"]
     found = groups(plain, data, newer)
     assert [group.settings for group in found] == [
         "data.train abcdefgh, --ema 0.999",
@@ -134,7 +169,7 @@ def test_other_clips_and_other_flags_are_other_groups_and_named(tmp_path: Path) 
 
 def test_all_that_a_resumed_run_may_change_is_free() -> None:
     assert {"seed", *FREE} <= set(compare.IN_A_GROUP)
-    assert {"lr", "batch_size", "model_name", "epochs", "fraction", "best_metric"} & set(compare.IN_A_GROUP) == set()
+    assert {"lr", "batch_size", "model_name", "epochs", "patience", "fraction", "best_metric"} & set(compare.IN_A_GROUP) == set()
 
 
 def test_folders_that_are_no_runs_are_one_line(tmp_path: Path) -> None:

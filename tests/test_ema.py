@@ -113,3 +113,19 @@ def test_the_average_of_another_model_is_refused() -> None:
 def test_a_decay_out_of_range_is_an_error(decay: float) -> None:
     with pytest.raises(ValueError, match="decay"):
         Ema(model(), decay)
+
+
+def test_steps_that_changed_nothing_neither_count_nor_move_the_average() -> None:
+    net, quiet = model(), model()
+    ema, expected = Ema(net, 0.9), Ema(quiet, 0.9)
+    for step in range(6):
+        move(net, step)
+        ema.update(torch.tensor(True))
+        before = {name: value.clone() for name, value in ema.state_dict()["average"].items()}
+        for _ in range(step):
+            ema.update(torch.tensor(False))
+        assert all(torch.equal(value, before[name]) for name, value in ema.state_dict()["average"].items())
+        move(quiet, step)
+        expected.update()
+    assert ema.updates == ema.state_dict()["updates"] == 6
+    assert all(torch.equal(value, expected.state_dict()["average"][name]) for name, value in ema.state_dict()["average"].items())

@@ -18,7 +18,7 @@ from clips.errors import InputError
 from clips.format import ClipFacts
 from loaders.batch import BadClip
 from training.distributed import Group
-from training.evaluation import Scores, in_words, judged_of, metrics_of, prediction_rows, probabilities, scored
+from training.evaluation import Scores, in_words, judged_of, metrics_of, prediction_rows, probabilities, scored, why_unusable
 from training.metrics import Prediction, evaluate
 from training.precision import Precision
 
@@ -298,3 +298,20 @@ def test_undefined_metrics_are_left_out_and_explained_but_a_metric_of_0_is_told(
 )
 def test_where_all_metrics_are_undefined_only_the_reason_is_told(labels: list[int], scores: list[list[float]], reason: str) -> None:
     assert in_words(evaluate(labels, scores, CLASSES)).strip() == f"({reason})"
+
+
+def test_a_split_that_says_nothing_of_the_model_names_the_cause_and_what_to_do() -> None:
+    facts = [ClipFacts(f"clip{number}", number, f"source{number}", None, None, None, 5) for number in range(2)]
+    nan, good = np.full((2, 2), np.nan, np.float32), np.full((2, 2), 0.5, np.float32)
+    causes = [
+        (Scores(nan, {0: "cut short", 1: "cut short"}), "none of its 2 clips could be read. Look after its files"),
+        (Scores(nan, {}), "2 of 2 clips have a probability that is not finite: the model diverged. Take a lower --lr"),
+        (Scores(nan, {0: "cut short"}), "1 clip could not be read and is left out. 1 of 1 clips have a probability that is not finite"),
+    ]
+    for scores, message in causes:
+        found = why_unusable(metrics_of(facts, scores, CLASSES, None), scores)
+        assert found is not None and found.startswith(message) and ("--lr" in found) == ("diverged" in found)
+    usable = Scores(good, {})
+    assert why_unusable(metrics_of(facts, usable, CLASSES, None), usable) is None
+    empty = Scores(np.zeros((0, 2), np.float32), {})
+    assert str(why_unusable(metrics_of([], empty, CLASSES, None), empty)).startswith("the split has no clips. Look after its files")

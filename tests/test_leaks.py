@@ -91,7 +91,7 @@ def test_identical_clips_in_two_splits_are_listed_and_warned_of(packing: PackCon
     assert manifest.leaks.near == []  # what is identical is told once
     assert json.loads((packing.output / "manifest.json").read_text())["leaks"]["identical"] == manifest.leaks.identical
     (line,) = warnings_of(caplog)
-    assert line.startswith("leak: 2 clips lie in several splits with equal bytes, train/a/000000001_film1 and val/a/000000009_renamed first")
+    assert line.startswith("leak: 2 clips in several splits with equal bytes, train/a/000000001_film1 and val/a/000000009_renamed first")
 
 
 def test_a_source_in_two_splits_is_listed_and_warned_of(packing: PackConfig, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,7 +101,7 @@ def test_a_source_in_two_splits_is_listed_and_warned_of(packing: PackConfig, cap
     manifest = pack(packing)
     assert manifest is not None and manifest.leaks == Leaks([], {"film0": ["test", "train", "val"], "film4": ["test", "val"]}, [])
     (line,) = warnings_of(caplog)
-    assert line.startswith("leak: 2 sources lie in several splits, 'film0' in test and train and val first")
+    assert line.startswith("leak: 2 sources in several splits, 'film0' in test and train and val first")
 
 
 @pytest.mark.parametrize("kind", ["quality 50", "noise"])
@@ -114,7 +114,7 @@ def test_a_near_copy_is_found_when_asked_for(kind: str, packing: PackConfig, cap
     assert manifest is not None and manifest.leaks.near == [["train/a/000000003_film3", "val/a/000000009_other"]]
     assert read_manifest(packing.output) == manifest
     (line,) = warnings_of(caplog)
-    assert line.startswith("leak: 1 pairs of clips of different splits look nearly alike, train/a/000000003_film3 and val/a/000000009_other first")
+    assert line.startswith("leak: 1 pair of clips of different splits that look nearly alike, train/a/000000003_film3 and val/a/000000009_other first")
 
 
 def test_copies_of_many_scenes_are_found_and_nothing_else() -> None:

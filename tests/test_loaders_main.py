@@ -70,12 +70,14 @@ def test_a_balanced_epoch_has_as_many_clips_of_each_class(npz: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ({"batch_size": 20, "balance": True}, "--batch-size 20: larger than an epoch of balanced classes, which holds 18 clips"),
-        ({"batch_size": 24, "world_size": 4}, r"which holds 21 clips\. Expected at most 20"),
+        ({"batch_size": 20, "balance": True}, "--batch-size 20: an epoch has 18 clips in balanced classes, .* no --balance"),
+        ({"batch_size": 24, "world_size": 4}, r"an epoch has 21 clips, not enough for one step\. Give a --batch-size of at most 20"),
         ({"fraction": 0.0}, "--fraction 0.0"),
-        ({"batch_size": 22}, "--batch-size 22: larger than the split, which holds 21 clips"),
+        ({"batch_size": 22}, "--batch-size 22: an epoch has 21 clips, not enough"),
         ({"batch_size": 4, "world_size": 3}, "--batch-size 4: expected a multiple of the 3 ranks"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": 8, "fraction": 0.1}, "--batch-size 8: an epoch has 3 clips, .* at most 3, or more clips: a larger --fraction"),
+        ({"batch_size": 0}, "--batch-size 0: expected at least 1"),
+        ({"batch_size": 4, "repeats": 0}, "--repeats 0: expected at least 1"),
         ({"world_size": 0}, "--world-size 0"),
         ({"epoch": -1}, "--epoch -1"),
     ],

@@ -243,7 +243,7 @@ def test_snippets_that_come_go_or_change_between_two_tasks_are_an_error(change: 
         with open(path, "ab") as file:
             file.write(b"more")
     text = refused(replace(packing, task=1, tasks=2))
-    assert "train is in use by another plan: 1 files were added, removed or changed in size, train/gesture/" in text
+    assert "train is in use by another plan: 1 file added, removed or changed in size, train/gesture/" in text
     assert tree(packing.output) == before
 
 

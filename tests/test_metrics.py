@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clips.errors import InputError
-from training.metrics import Prediction, evaluate, read_predictions, write_predictions
+from tests.reading import read_predictions
+from training.metrics import Prediction, evaluate, write_predictions
 
 NAMES = ("nongesture", "gesture")
 
@@ -113,6 +114,12 @@ def test_no_clip_of_the_other_class_leaves_what_is_defined() -> None:
     assert found["notes"] == ["no clip of class nongesture in this split: balanced accuracy and AUROC are undefined."]
 
 
+def test_a_split_of_a_single_class_has_no_auroc_and_says_why_without_a_warning() -> None:
+    found: dict = evaluate(np.array([0, 0]), np.ones((2, 1)), ("gesture",))
+    assert (found["auroc"], found["confusion"], found["accuracy"]) == (None, [[2]], 1.0)
+    assert found["notes"] == ["there is one class only: AUROC is undefined."]
+
+
 def test_an_absent_class_of_three_makes_the_means_undefined() -> None:
     found: dict = evaluate(np.array([0, 1]), np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]), ("a", "b", "c"))
     assert found["auroc"] is None and found["f1"] is None
@@ -179,11 +186,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         write_predictions(path, [Prediction("a", "val", 7, None)], NAMES)
     assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("text", ["", "key,score\na,1\n", "key,split,label,prediction,p_a,source,begin_ms,end_ms\nx,val,b,a,1,,,\n"])
-def test_another_csv_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "other.csv"
-    path.write_text(text)
-    with pytest.raises(InputError, match=r"other\.csv: "):
-        read_predictions(path)

@@ -136,3 +136,27 @@ def test_activation_checkpointing_can_be_switched_off_again(family: str) -> None
     assert len(kept(model, video)) < len(before)
     model.checkpoint_activations(False)
     assert kept(model, video) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("channel", ["none", "channel"])
+def test_activation_checkpointing_of_a_frozen_model_keeps_less_and_gives_the_same_gradients(family: str, channel: Any) -> None:
+    """Its layers are in evaluation mode, in which transformers' own checkpointing keeps everything."""
+    gradients, elements = [], []
+    for choice in ("off", "on"):
+        config = ModelConfig(f"{family}-tiny", freeze=True, use_keypoints=channel, drop_path=0.5, head_init_scale=1.0, activation_checkpointing=choice)
+        model = build_model(config, CLASSES)
+        video = clips(3, model.spec.frames, 64)
+        model.train()
+        elements.append(sum(torch.Size(shape).numel() for shape in kept(model, video)))
+        F.cross_entropy(model(video), torch.tensor([0, 1, 1])).backward()
+        gradients.append({key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None})
+        inside = [module for layer in model.layers for module in layer.modules() if module is not layer]
+        assert not any(module.training for module in inside)
+        assert not any(module.training for module in model.eval().modules())
+    assert elements[1] < elements[0] / 3 if channel == "channel" else elements[1] == elements[0]
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == (3 if channel == "channel" else 2)
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=0, atol=1e-7, msg=key)
+    model.train().checkpoint_activations(False)
+    assert model.training and not any(layer.training for layer in model.layers)

@@ -63,6 +63,22 @@ def test_what_does_not_divide_into_patches_is_refused_with_the_nearest_that_does
         resolve_geometry(ModelConfig("x", **flags), ClipSpec(16, 224, 224), source, TUBELETS)
 
 
+@pytest.mark.parametrize(
+    ("frames", "stored", "patch", "most"),
+    [(400, 39, TUBELETS, 40), (42, 39, TUBELETS, 40), (40, 39, SINGLE, 39), (18, 10, TUBELETS, 10)],
+)
+def test_more_frames_than_are_stored_are_refused_with_the_most_there_are(frames: int, stored: int, patch: Patch, most: int) -> None:
+    with pytest.raises(InputError, match=rf"--frames {frames}: a clip has {stored} stored frames, .* Give at most {most}, as --frames all does"):
+        resolve_geometry(ModelConfig("x", frames=frames), ClipSpec(16, 224, 224), ClipSpec(stored, 320, 320), patch)
+
+
+@pytest.mark.parametrize(("frames", "stored"), [(40, 39), (16, 10), (10, 10)])  # a last tubelet filled up, and the checkpoint's own 16
+def test_frames_that_fill_the_last_tubelet_or_are_the_checkpoints_own_may_be_asked_for(frames: int, stored: int) -> None:
+    spec = resolve_geometry(ModelConfig("x", frames=frames), ClipSpec(16, 224, 224), ClipSpec(stored, 224, 224), TUBELETS)
+    assert spec == ClipSpec(frames, 224, 224)
+    assert resolve_geometry(ModelConfig("x", frames=400), ClipSpec(16, 224, 224), None, TUBELETS).frames == 400  # no data: nothing to compare with
+
+
 def test_the_stored_geometry_must_be_told() -> None:
     with pytest.raises(ValueError, match="give build_model its source"):
         build_model(ModelConfig("videomae-tiny", geometry="full"), CLASSES)

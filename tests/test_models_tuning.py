@@ -113,8 +113,7 @@ def test_the_new_channel_changes_no_bit_at_the_start_and_learns(folder: Path) ->
     assert model.uses_keypoints and not without.uses_keypoints
     assert torch.equal(model(video, joints()), without(video)) and torch.equal(model(video), without(video))
     F.cross_entropy(model(video, joints()), torch.tensor([0, 1])).backward()
-    (weight,) = model.keypoint_parameters()
-    assert float(weight.grad.abs().max()) > 1e-5 and without.keypoint_parameters() == []
+    assert float(model.projection.keypoint_weight.grad.abs().max()) > 1e-5 and without.projection.keypoint_weight is None
     assert set(model.state_dict()) - set(without.state_dict()) == {f"{folder.name}{KEYPOINTS}"}
 
 
@@ -127,7 +126,7 @@ def test_each_joint_adds_its_own_weight_to_its_own_token(folder: Path) -> None:
     added = (model.projection(video, mask) - model.projection(video))[0]
     tubelet = {"videomae": 2, "timesformer": 1}[folder.name]
     token = (3 // tubelet) * 4 + 0 * 2 + 1
-    torch.testing.assert_close(added[token], model.keypoint_parameters()[0][:, 3 % tubelet, 5, 4], rtol=0, atol=1e-5)
+    torch.testing.assert_close(added[token], model.projection.keypoint_weight[:, 3 % tubelet, 5, 4], rtol=0, atol=1e-5)
     assert not added[torch.arange(len(added)) != token].any()
 
 
@@ -144,7 +143,7 @@ def test_joints_are_hidden_for_whole_clips_in_training_alone(folder: Path) -> No
 def test_a_channel_without_joints_still_has_a_gradient_so_that_ranks_agree(folder: Path) -> None:
     model = build(folder, use_keypoints="channel")
     model(clips()).sum().backward()
-    assert model.keypoint_parameters()[0].grad is not None
+    assert model.projection.keypoint_weight.grad is not None
 
 
 def test_a_trained_channel_is_saved_read_back_and_left_out_where_it_is_not_asked_for(folder: Path, tmp_path: Path) -> None:
@@ -155,7 +154,7 @@ def test_a_trained_channel_is_saved_read_back_and_left_out_where_it_is_not_asked
     video, mask = clips(), joints()
     assert again.uses_keypoints and torch.equal(again(video, mask), model(video, mask)) and not torch.equal(again(video), model(video, mask))
     kept, left_out = build(tmp_path / "best", use_keypoints="channel"), build(tmp_path / "best")
-    assert torch.equal(kept.keypoint_parameters()[0], model.keypoint_parameters()[0])
+    assert torch.equal(kept.projection.keypoint_weight, model.projection.keypoint_weight)
     assert "left out the keypoints' channel" in "\n".join(left_out.describe()) and not left_out.uses_keypoints
     assert "plain transformers does not know the joints' channel" in (tmp_path / "best" / "README.md").read_text()
     plain = PLAIN[folder.name].from_pretrained(tmp_path / "best")

@@ -117,7 +117,7 @@ def test_each_depth_of_a_model_of_ours_has_its_own_rate_and_the_joints_channel_t
     expected |= {f"encoder.layer.{layer}.output.dense.weight": 0.5 ** (4 - layer) for layer in range(4)}
     for end, rate in expected.items():
         assert {value for name, value in rates.items() if name.endswith(end)} == {rate}, end
-    (joints,) = (name for name, parameter in model.named_parameters() if parameter is model.keypoint_parameters()[0])
+    (joints,) = (name for name, parameter in model.named_parameters() if parameter is model.projection.keypoint_weight)
     assert rates[joints] == 1.0
     assert set(rates.values()) == {0.5**power for power in range(6)}
 

@@ -119,7 +119,7 @@ def test_each_flag_that_changes_bytes_changes_the_plan(packing: PackConfig) -> N
 def test_the_command_packs_and_verifies(home: Path, tmp_path: Path) -> None:
     packed = convert("pack", "--dataset-home", home, "--output", tmp_path / "out", "--codec", "zstd", "--splits", "val", "--workers", "1")
     assert packed.returncode == 0, packed.stderr
-    assert "val: 2 clips (1 nongesture, 1 gesture) in 1 shards" in packed.stderr
+    assert "val: 2 clips (1 nongesture, 1 gesture) in 1 shard," in packed.stderr
     verified = convert("verify", tmp_path / "out", "--dataset-home", home, "--workers", "1")
     assert verified.returncode == 0 and verified.stdout.splitlines()[-1] == "bit-exact: npz can be rebuilt"
 

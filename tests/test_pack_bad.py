@@ -94,7 +94,7 @@ def test_a_bad_snippet_is_named_in_its_index_in_bad_jsonl_and_in_the_manifest(pa
     assert index.bad == (told,)
     (line,) = bad_lines(packing.output)
     assert line == told | {"split": "train", "shard": index.shard, "remedy": line["remedy"]} and "--max-bad-clips" in line["remedy"]
-    assert "train: 1 bad snippets were left out, see bad.jsonl" in caplog.text
+    assert "train: 1 bad snippet left out, see bad.jsonl" in caplog.text
 
 
 def test_the_budget_is_over_all_splits_shards_and_shares(packing: PackConfig) -> None:
@@ -211,10 +211,10 @@ def test_a_good_file_that_was_moved_away_or_changed_is_another_plan(packing: Pac
     path = snippets_of(packing.dataset_home)[0]
     whole = path.read_bytes()
     path.unlink()
-    with pytest.raises(InputError, match="1 files were added, removed or changed in size"):
+    with pytest.raises(InputError, match="1 file added, removed or changed in size"):
         pack(replace(packing, max_bad_clips=1))
     path.write_bytes(whole + b"x")
-    with pytest.raises(InputError, match="1 files were added, removed or changed in size"):
+    with pytest.raises(InputError, match="1 file added, removed or changed in size"):
         pack(replace(packing, max_bad_clips=1))
 
 
@@ -278,5 +278,5 @@ def test_constant_zero_and_padded_frames_are_counted_and_reported(packing: PackC
         found |= {entry.facts.key: (entry.frames_constant, entry.facts.frames_valid) for entry in unpack_index(path.read_bytes()).clips}
     keys = [relative(packing.dataset_home, path).removesuffix(".npz") for path in paths]
     assert [found[key] for key in keys] == [(3, 8), (8, 8), (0, 5), (1, 8)] + [(0, 8)] * 4
-    assert "train: 1 clips end in zero frames, which are not sampled" in caplog.text
-    assert "train: 3 clips hold frames of a single colour, '" in caplog.text
+    assert "train: 1 clip with zero frames at the end, which are not sampled" in caplog.text
+    assert "train: 3 clips with frames of a single colour, '" in caplog.text

@@ -13,9 +13,10 @@ import pytest
 
 from clips import command
 from clips.errors import InputError
+from convert.__main__ import main
 from convert.pack import PackConfig, pack
 from convert.writer import write_shard
-from tests.making import tell_tale_mask, tell_tale_video
+from tests.making import tell_tale_mask, tell_tale_video, write_home
 from tests.packing import convert, not_half_written, refused, rewrite, snippets_of, tree
 
 
@@ -108,7 +109,7 @@ def test_a_folder_of_another_plan_says_what_differs(packing: PackConfig) -> None
     assert "train is in use by another plan" in text and "settings.codec_settings.level is 3 here and 1 there" in text
     (packing.output / "aside").rename(packing.output / "manifest.json")
     shutil.copy(path, path.with_name("999999999_new.npz"))
-    assert "1 files were added, removed or changed in size, train/gesture/999999999_new.npz first" in says(packing)
+    assert "1 file added, removed or changed in size, train/gesture/999999999_new.npz first" in says(packing)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"plan_id": 3}', '{"plan_id": "x", "inputs": {"files": 3}}'])
@@ -169,3 +170,22 @@ def test_what_a_user_did_wrong_ends_with_2_and_no_traceback(tmp_path: Path, caps
     assert command.run(main) == 2
     found = capsys.readouterr()
     assert found.err.startswith("error: --dataset-home ") and found.err.count("\n") == 1 and found.out == ""
+
+
+def test_a_share_is_not_verified(tmp_path: Path) -> None:
+    home = write_home(tmp_path / "npz", {"train": {"nongesture": 1, "gesture": 1}}, frames=2, height=16, width=16)
+    with pytest.raises(InputError, match="--verify: one share of several"):
+        pack(PackConfig(home, tmp_path / "shards", task=0, tasks=2, verify=True))
+    assert not (tmp_path / "shards").exists()
+
+
+def test_pack_verifies_in_one_go_and_gives_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    home = write_home(tmp_path / "npz", {"train": {"nongesture": 2, "gesture": 2}}, frames=2, height=16, width=16)
+    words = ["convert", "pack", "--dataset-home", str(home), "--output", str(tmp_path / "shards"), "--workers", "1", "--verify"]
+    monkeypatch.setattr("sys.argv", words)
+    assert main() == 0
+    assert (tmp_path / "shards" / "verified.json").exists()
+    rewrite(next(home.rglob("*.npz")), video=np.zeros((2, 16, 16, 3), np.uint8))  # another clip than was packed
+    monkeypatch.setattr("convert.__main__.pack", lambda _: None)
+    assert main() == 1
+    assert "1 problem" in capsys.readouterr().out

@@ -323,11 +323,11 @@ def test_sizes_that_do_not_divide_are_an_error_that_names_the_flag(plan: dict, t
 
 
 def test_a_batch_larger_than_the_split_is_an_error_that_says_how_many_clips_there_are() -> None:
-    with pytest.raises(InputError, match=r"--batch-size 12: larger than the split, which holds 11 clips. Expected at most 8\."):
+    with pytest.raises(InputError, match=r"--batch-size 12: an epoch has 11 clips, not enough for one step. Give a --batch-size of at most 8,"):
         list(Plan(num_clips=11, batch_size=12, micro_batch=3, seed=0, world_size=4).training(0))
     assert len(list(Plan(num_clips=11, batch_size=12, micro_batch=3, seed=0, world_size=4).evaluation())) == 1
     balanced = Plan(num_clips=11, batch_size=8, micro_batch=8, seed=0, labels=np.array([0, 0, 0] + [1] * 8))
-    with pytest.raises(InputError, match=r"--batch-size 8: larger than an epoch of balanced classes, which holds 6 clips"):
+    with pytest.raises(InputError, match=r"--batch-size 8: an epoch has 6 clips in balanced classes"):
         balanced.check_epoch()
 
 

@@ -117,6 +117,22 @@ def test_an_overflow_changes_nothing_and_halves_the_scale() -> None:
     assert other.state_dict() == precision.state_dict()
 
 
+def test_infinite_gradients_are_a_fault_once_no_loss_scale_helps() -> None:
+    """From 65536 the scale halves 16 times to 1; the next overflow is one of the gradients as they are."""
+    weight, precision = torch.nn.Parameter(torch.zeros(2)), Precision("fp16", CPU)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+
+    def step(gradient: float) -> torch.Tensor:
+        precision.backward((weight * 0).sum())
+        weight.grad = torch.full((2,), gradient)
+        return precision.step(optimizer, [weight], 1.0)
+
+    norms = [step(value).item() for value in [math.nan, math.inf] * 8 + [math.nan, math.inf]]
+    assert [norm == math.inf for norm in norms] == [True] * 16 + [False] * 2 and all(math.isnan(norm) for norm in norms[16:])
+    assert precision.state_dict()["scale"] == 0.25 and torch.equal(weight, torch.zeros(2))
+    assert step(1.0).item() == pytest.approx(math.sqrt(2) / 0.25) and weight[0] < 0  # a finite one trains on
+
+
 def test_a_state_of_another_precision_is_left_alone() -> None:
     fp16, fp32 = Precision("fp16", CPU), Precision("fp32", CPU)
     assert fp32.state_dict() == {}

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,15 @@ import torch
 import predict
 from clips import command
 from clips.errors import InputError
+from clips.format import ClipFacts
 from convert.pack import PackConfig, pack
 from loaders.stream import Loader
 from loaders.views import Views
 from models import ModelConfig, build_model
 from tests.making import write_home
+from tests.reading import read_predictions
 from training.evaluation import scored
-from training.metrics import Prediction, read_predictions
+from training.metrics import Prediction
 from training.threshold import Threshold, write_threshold
 from training.unfinished import Unfinished
 
@@ -287,6 +290,18 @@ def test_the_threshold_of_val_decides_for_elan_unless_one_is_asked(
     assert origin in caplog.text
 
 
+def test_sources_in_several_splits_are_named_and_their_times_count_from_the_first_snippet_in_any(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = tmp_path / "show_length_1000_sample_rate_1_iou_0.5"
+    for name in ("train/a/000000003_film", "test/a/000000004_film", "test/a/000000000_own", "train/a/000000000_gap", "test/a/000000002_gap"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / f"{name}.npz").touch()
+    facts = [ClipFacts("f", 0, "film", 4, 0, 1000, 5), ClipFacts("o", 0, "own", 0, 0, 1000, 5)]  # as the split alone tells them
+    config = predict.PredictConfig(tmp_path, dataset_home=home, elan=tmp_path / "elan")
+    timed = predict._timed(config, predict.Run(tmp_path, home, ("a", "b"), None), SimpleNamespace(facts=facts))
+    assert [(fact.begin_ms, fact.end_ms) for fact in timed] == [(1000, 2000), (0, 1000)]
+    assert "--elan: 1 source in several splits, film: times count from the first snippet in any of them" in caplog.text
+
+
 def test_unknown_times_are_said_and_a_clips_length_gives_them(
     home: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,6 +313,19 @@ def test_unknown_times_are_said_and_a_clips_length_gives_them(
     assert typed(monkeypatch, *words, "--clip-ms", 1000) == 0
     assert (tmp_path / "elan" / "test_gesture_002.txt").read_text() == "prediction\t0\t3000\t3000\tgesture\n"
     assert [row.end_ms for row in rows_of(tmp_path / "out.csv")] == [1000, 2000, 1000, 2000, 3000]
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "there.npz").touch()
+    words = [tmp_path / name for name in ("run", "a.npz", "there.npz", "b")]
+    assert typed(monkeypatch, *words, "--output", tmp_path / "no" / "out.csv") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: 4 things are missing or wrong:\n") and len(told.splitlines()) == 5
+    for name, fault in (("run", "no such folder"), ("a.npz", "no such file"), ("b", "no such file"), ("no/out.csv", "expected a file in a folder that exists")):
+        assert any(f"{tmp_path / name}: " in line and fault in line for line in told.splitlines()), told
+    assert typed(monkeypatch, tmp_path, "--dataset-home", tmp_path / "no") == 2
+    told = capsys.readouterr().err
+    assert "it has no config.json" in told and f"--dataset-home {tmp_path / 'no'}: no such folder" in told
 
 
 def test_an_unfinished_file_that_is_none_is_one_line(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_file_that_was_mended_may_have_the_size_that_it_was_packed_with() -> N
 
 def test_what_differs_between_plans_is_said_in_words() -> None:
     found = differences(a_plan(sizes={3: 7}, home={"length_ms": 650}).inputs, a_plan().inputs)
-    assert found == ["settings.home.length_ms is 650 here and 1300 there", "1 files were added, removed or changed in size, train/1/3.npz first"]
+    assert found == ["settings.home.length_ms is 650 here and 1300 there", "1 file added, removed or changed in size, train/1/3.npz first"]
 
 
 @pytest.mark.parametrize(("size", "stored"), [((32, 32), (16, 16)), ((32, 48), (16, 24)), ((48, 32), (24, 16)), ((240, 427), (16, 28))])

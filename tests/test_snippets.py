@@ -267,7 +267,7 @@ def test_every_bad_snippet_is_listed_at_once_with_its_reason(tmp_path: Path) -> 
     assert reasons.keys() == made.keys() | {"cut"}
     parts = {
         "lacks_video": "no array 'video'; it holds keypoints",
-        "lacks_keypoints": "no array 'keypoints' (--keypoints optional allows that)",
+        "lacks_keypoints": "no array 'keypoints'; it holds video (--keypoints optional allows that)",
         "pickled": "'notes' holds pickled objects",
         "float_video": "'video' is float32 (4, 16, 16, 3); expected uint8 (T, H, W, 3)",
         "grey_video": "'video' is uint8 (4, 16, 16); expected uint8 (T, H, W, 3)",
@@ -298,6 +298,16 @@ def test_a_home_without_any_usable_video_says_what_the_first_holds(tmp_path: Pat
     assert "frames uint8 (4, 16, 16, 3)" in one_line(error) and "--video-key" in one_line(error)
     spec, extras, bad = check_headers(tmp_path, all_of(find(tmp_path)), ArrayNames(video="frames"))
     assert (spec, extras, bad) == (SPEC, {}, [])
+
+
+def test_a_wrong_name_for_the_keypoints_says_what_the_first_holds_and_lists_no_file(tmp_path: Path) -> None:
+    for number in range(30):
+        save(tmp_path / f"train/a/{number}_x.npz")
+    with pytest.raises(InputError) as error:
+        check_headers(tmp_path, all_of(find(tmp_path)), ArrayNames(keypoints="joints"))
+    text = one_line(error)
+    assert "none of 30 snippets holds 'joints'" in text and "keypoints uint8 (4, 16, 16)" in text and "--keypoints-key" in text and ".npz" not in text
+    assert check_headers(tmp_path, all_of(find(tmp_path)), ArrayNames(keypoints="joints", keypoints_mode="optional"))[2] == []
 
 
 def test_further_arrays_come_with_the_bytes_of_the_largest(tmp_path: Path) -> None:

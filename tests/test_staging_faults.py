@@ -221,10 +221,11 @@ def test_a_link_in_the_stores_place_is_refused(source: Path, shards: list[ShardE
 
 def test_a_folder_that_cannot_be_is_refused(source: Path, shards: list[ShardEntry], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    places = {tmp_path / "file": "File exists", tmp_path / "file" / "below": "Not a directory", Path("/proc/x"): "No such file or directory"}
+    nothing = "nothing can be staged there"
+    places = {tmp_path / "file": "expected a folder to stage into; found a file"}
+    places |= {tmp_path / "file" / "below": f"{nothing} (Not a directory)", Path("/proc/x"): f"{nothing} (No such file or directory)"}
     for folder, reason in places.items():
-        text = f"--stage-dir {folder}: nothing can be staged there ({reason}). Give a folder on the node's own disk that you may write to."
-        assert refusal(folder, source, shards) == text
+        assert refusal(folder, source, shards) == f"--stage-dir {folder}: {reason}. Give a folder on the node's own disk that you may write to."
 
 
 def test_an_unset_variable_is_refused(source: Path, shards: list[ShardEntry], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

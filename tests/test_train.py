@@ -263,7 +263,7 @@ def test_a_config_file_fills_the_defaults(shards: Path, finished: Path, tmp_path
 
 def test_a_config_file_with_an_unknown_flag_offers_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"epoch": 3}')
-    with pytest.raises(InputError, match=r"epoch are no flags.*Did you mean epochs"):
+    with pytest.raises(InputError, match=r"epoch is no flag.*Did you mean epochs"):
         train.parse(["--config", str(tmp_path / "config.json")])
 
 

@@ -121,6 +121,35 @@ def test_a_run_killed_without_a_checkpoint_in_the_epoch_begins_it_again(
     assert_same_run(run(shards, tmp_path / "run"), quiet)
 
 
+def test_a_run_killed_between_a_checkpoint_and_best_makes_best_good(shards: Path, quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    for name in ("keep_best", "train_epoch"):  # the second start ends before another step
+
+        def dies(*_: Any) -> None:
+            raise KilledError
+
+        with monkeypatch.context() as patched, pytest.raises(KilledError):
+            patched.setattr(train, name, dies)
+            run(shards, folder)
+        assert last_state(folder)["progress"]["evaluated"] == 1
+        assert (folder / "best").exists() == (folder / "threshold.json").exists() == (name == "train_epoch")
+    assert "epoch: 1\n" in (folder / "best" / "README.md").read_text() and json.loads((folder / "threshold.json").read_text())["epoch"] == 1
+    run(shards, folder)
+    assert_same_run(folder, quiet)
+    for name in ("best/model.safetensors", "best/README.md", "threshold.json"):
+        assert (folder / name).read_bytes() == (quiet / name).read_bytes()
+
+
+def test_patience_that_grows_lets_a_run_go_on_that_had_ended(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ("--epochs", "3", "--lr", "1e-30", "--min-lr", "0")  # no epoch is better than the first
+    with caplog.at_level("INFO"):
+        folder = run(shards, tmp_path / "run", *flags, "--patience", "1")
+    assert last_state(folder)["progress"]["trained"] == 2 and "--patience 1: no better auroc since epoch 1; the run ends" in caplog.text
+    assert "best/ is of epoch 1 (val auroc 0." in caplog.text
+    run(shards, folder, *flags, "--patience", "2")
+    assert last_state(folder)["progress"]["trained"] == 3 and (folder / "done").exists()
+
+
 @pytest.mark.parametrize("place", ["step", "validate", "test"])
 def test_a_signal_anywhere_saves_ends_well_and_the_run_goes_on(
     shards: Path, quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -212,6 +241,7 @@ def test_steps_that_are_not_finite_change_nothing_are_counted_and_in_the_end_nam
         folder = run(shards, tmp_path / "run", "--epochs", "1", "--max-skipped", "2")
     assert torch.equal(before[2], before[3]) and torch.equal(before[3], before[4]) and not torch.equal(before[4], before[5])
     assert [line["train/skipped"] for line in lines(folder) if "train/skipped" in line] == [1, 2, 2, 2, 2]
+    assert last_state(folder)["ema"]["updates"] == 8  # of ten steps
     calls.clear()
     with monkeypatch.context() as patched, pytest.raises(InputError, match=r"--max-skipped 1: 2 steps .* with the clips train/"):
         patched.setattr(train, "gradients", diverging)

@@ -18,7 +18,8 @@ from sklearn.metrics import auc, confusion_matrix, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from training.metrics import Judged, Prediction, evaluate, read_predictions
+from tests.reading import read_predictions
+from training.metrics import Judged, Prediction, evaluate
 from training.plots import calibration, draw_all, pictures_of, show_pictures, write_pictures
 from training.report import detailed, report, write_report
 from training.threshold import Threshold, at_threshold, write_threshold
@@ -175,7 +176,7 @@ def test_details_are_the_metrics_with_intervals_and_those_at_vals_threshold() ->
     assert found["intervals"]["auroc"][0] < found["auroc"] < found["intervals"]["auroc"][1]
     assert "f1_at_threshold" in found["intervals"]
     few = Judged(one.labels, one.probabilities, ["one"] * 120, TWO)
-    assert detailed({**metrics, "notes": ["before."]}, few, None)["notes"] == ["before.", "no intervals: 1 sources, expected at least 5."]
+    assert detailed({**metrics, "notes": ["before."]}, few, None)["notes"] == ["before.", "no intervals: 1 source, expected at least 5"]
     without = detailed(metrics, one, None)
     assert "threshold" not in without and "f1_at_threshold" not in without["intervals"]
 

@@ -221,4 +221,4 @@ def test_the_command_unpacks(packing: PackConfig, back: Path) -> None:
     sums = [{hashlib.sha256(a.tobytes()).hexdigest() for arrays in arrays_of(home).values() for a in arrays.values()} for home in (packing.dataset_home, back)]
     assert sums[0] == sums[1]
     missing = convert("unpack", packing.dataset_home, back)
-    assert missing.returncode == 2 and missing.stderr.startswith("error: ") and "manifest.json: missing" in missing.stderr
+    assert missing.returncode == 2 and missing.stderr.startswith("error: ") and "These are npz snippets" in missing.stderr

@@ -13,8 +13,9 @@ import pytest
 
 from clips.errors import InputError
 from clips.manifest import index_path, tar_path
+from convert.members import psnr_db
 from convert.pack import PackConfig, pack
-from convert.verify import VerifyConfig, psnr_db, verify
+from convert.verify import VerifyConfig, verify
 from tests.making import write_home
 from tests.packing import rewrite, snippets_of, use_threads
 from tests.verifying import Check, assert_finds, home_of

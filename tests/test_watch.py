@@ -33,10 +33,19 @@ def test_a_reading_begins_anew_and_nothing_finite_has_no_mean() -> None:
 
 
 def test_an_infinite_norm_counts_unless_the_loss_scale_is_still_sought() -> None:
-    for counts, expected in ((True, [["a"]]), (False, [])):
+    for counts, norm, expected in ((True, math.inf, [["a"]]), (False, math.inf, []), (True, math.nan, [["a"]]), (False, math.nan, [["a"]])):
         made = Watch(CPU, counts)
-        made.add(torch.tensor(1.0), torch.tensor(math.inf), ("a",))
+        made.add(torch.tensor(1.0), torch.tensor(norm), ("a",))
         assert made.read(ALONE).skipped == expected
+
+
+def test_small_losses_after_a_large_one_are_not_lost_in_the_sum() -> None:
+    made = watch(2.0**24, *[1.0] * 100)  # in float32, 2^24 + 1 is 2^24
+    state = merged([made.state_dict(), watch(2.0**24, 1.0).state_dict()])
+    assert made.read(ALONE).loss_sum == 2.0**24 + 100
+    continued = Watch(CPU, counts_norms=True)
+    continued.load_state_dict(state)
+    assert continued.read(ALONE).loss_sum == 2.0**25 + 101
 
 
 def test_a_save_between_two_readings_loses_neither_losses_nor_skipped_steps() -> None:

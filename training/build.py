@@ -18,6 +18,7 @@ from torch import nn
 
 from clips import command
 from clips.errors import InputError
+from clips.words import counted
 from loaders.certificate import Certificate, merge, write_certificate
 from loaders.folds import parse_fold
 from loaders.home import Home
@@ -209,7 +210,7 @@ def make_loader(config: TrainConfig, source: ClipSource, plan: Plan, model: Clip
     if subset is None:
         plan = replace(plan, num_clips=len(source.facts), labels=None, repeats=1)
     data, asked = config.data, (config.augment, model.uses_keypoints)
-    how = {"look_ahead": data.look_ahead, "decode_in": data.decode_in, "stage_dir": data.stage_dir, "max_bad_clips": data.max_bad_clips}
+    how = {"look_ahead": data.look_ahead, "decode_in": data.decode_in, "stage_dir": data.stage_dir, "max_bad_clips": data.max_bad_clips, "hw_decoder_load": data.hw_decoder_load}
     threads = data.threads or default_threads()
     return Loader(source, plan, model.spec, group.device, threads, data.prefetch, subset, *asked, sampling=model.sampling, **how)  # type: ignore[arg-type]
 
@@ -234,8 +235,8 @@ def introduce(run: Training, home: Home) -> None:
         lines.append(f"augmentation: crops and erased boxes keep {100 * kept:.0f} % of the joints")
     lines.append(run.cost.describe())
     lines.append(
-        f"step: {config.batch_size} clips over {run.group.world_size} ranks, {plan.micro_batch} at once, {run.precision.mode} on {run.group.device}, "
-        f"{plan.steps_per_epoch} steps an epoch, flip chance {hflip_chance(config.augment, run.class_names)}"
+        f"step: {config.batch_size} clips over {counted(run.group.world_size, 'rank')}, {plan.micro_batch} at once, "
+        f"{run.precision.mode} on {run.group.device}, {plan.steps_per_epoch} steps an epoch, flip chance {hflip_chance(config.augment, run.class_names)}"
     )
     facts, asked = run.loader.source.facts, min(spec.frames, run.loader.source.stored.frames)
     short = [facts[number].frames_valid for number in home.subset if facts[number].frames_valid < asked]

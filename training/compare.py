@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ import tyro
 
 from clips.errors import InputError
 from clips.files import write_json
+from clips.words import counted
 
 from .metrics import METRICS
 from .run_folder import FREE, flags, label, read_json, read_lines, shown
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 IN_A_GROUP = ("seed", "config", *FREE)  # what may differ inside a group
 HOMES = "dataset_home"  # free, but frames of another quality may lie there: told where it differs
 LESS_IS_BETTER = ("loss",)
+DIGITS = 4  # of a metric
+MOST_FOLDERS = 8  # named in a row
 
 Metric = Literal["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"]
 
@@ -108,10 +113,10 @@ class Group:
         for run in self.runs:
             if not run.is_finished:
                 left_out = ", left out of the mean" if self.is_finished else ""
-                yield f"{run.folder} is not finished ({len(run.epochs)} of {run.config.get('epochs')} epochs{run.reason}){left_out}"
+                yield f"{run.folder} is not finished (epoch {len(run.epochs)} of {run.config.get('epochs')}{run.reason}){left_out}"
         seeds = [run.config.get("seed") for run in self.counted]
-        if len(set(seeds)) < len(seeds):
-            yield f"seeds repeat: {shown(seeds)}"
+        if twice := sorted({str(seed) for seed in seeds if seeds.count(seed) > 1}):
+            yield f"of the same seed ({', '.join(twice)}) there is more than one run"
         homes = sorted({str(run.config.get(HOMES)) for run in self.runs})
         if len(homes) > 1:
             yield f"same clips from {len(homes)} homes, maybe of another quality: {', '.join(homes)}"
@@ -158,17 +163,19 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     fixed = [_fixed(group[0]) for group in members.values()]
     names = sorted({name for one in fixed for name in one})
     differing = [name for name in names if len({json.dumps(one.get(name)) for one in fixed}) > 1]
-    spelled = [", ".join(f"{label(name)} {_short(name, one.get(name))}" for name in differing) for one in fixed]
-    return [Group(settings or "all runs", group) for settings, group in zip(spelled, members.values(), strict=True)]
+    spelled = [", ".join(_typed(name, one.get(name)) for name in differing) for one in fixed]
+    return [Group(settings or "the same", group) for settings, group in zip(spelled, members.values(), strict=True)]
 
 
 def _fixed(run: Run) -> dict[str, Any]:  # Any: JSON values
     return {name: value for name, value in flags(run.config) if name not in IN_A_GROUP}
 
 
-def _short(name: str, value: Any) -> str:  # Any: a JSON value
-    """A flag's value; of a fingerprint (data.train) its first letters."""
-    return shown(value)[:8] if name.startswith("data.") else shown(value)
+def _typed(name: str, value: Any) -> str:  # Any: a JSON value
+    """A flag as one would type it; of a fingerprint (data.train) its first letters."""
+    if isinstance(value, bool):
+        return label(name) if value else label(f"no_{name}")
+    return f"{label(name)} {shown(value)[:8] if name.startswith('data.') else shown(value)}"
 
 
 def _common_metric(runs: Sequence[Run]) -> str:
@@ -196,16 +203,40 @@ def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 def table(groups: Sequence[Group], metric: str) -> str:
     """The groups, best first, then the best one's test and what is to be known."""
-    rows = [("", "runs", f"val {metric.replace('_', ' ')}", "best epochs", "settings")]
+    words = metric.replace("_", " ")
+    rows = [("", f"val {words}", "runs", "best epochs", "folders", "settings")]
+    above = common_folder([run.folder for group in groups for run in group.runs])
     for place, group in enumerate(groups, 1):
         epochs = ", ".join(str(run.best["epoch"]) if run.best else "-" for run in group.counted)
         runs = f"{len(group.counted)}" + ("" if group.is_finished else " unfinished")
-        rows.append((f"{place}.", runs, spelled(group.values(metric)), epochs, group.settings))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [_test_in_words(groups[0], metric)]
-    lines += [f"{place}. {note}" for place, group in enumerate(groups, 1) for note in group.notes()]
+        folders = [str(run.folder.relative_to(above) if above else run.folder) for run in group.counted]
+        named = ", ".join(folders[:MOST_FOLDERS]) + (f" and {len(folders) - MOST_FOLDERS} more" if len(folders) > MOST_FOLDERS else "")
+        rows.append((f"{place}.", spelled(group.values(metric)), runs, epochs, named, group.settings))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    within = f"; folders in {above}" if above else ""
+    lines = [f"val {words} at each run's best epoch, mean ± standard deviation over the runs of a row{within}"]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [*_ties(groups, metric), *_test_in_words(groups[0], metric)]
+    lines += [f"note on {place}.: {note}" for place, group in enumerate(groups, 1) for note in group.notes()]
     return "\n".join(lines)
+
+
+def common_folder(folders: Sequence[Path]) -> Path | None:
+    """The deepest folder that all of these lie in, to be named once; None where there is none but the present one."""
+    if len({folder.is_absolute() for folder in folders}) > 1:
+        return None
+    above = Path(os.path.commonpath([folder.parent for folder in folders]))
+    return above if above.name else None
+
+
+def _ties(groups: Sequence[Group], metric: str) -> Iterator[str]:
+    """Neighbours of one value, to the digits that are shown: their order says nothing."""
+    means = [(group.is_finished, mean_std(group.values(metric))[0]) for group in groups]
+    for place, ((one_finished, one), (other_finished, other)) in enumerate(pairwise(means), 1):
+        if one is not None and other is not None and one_finished == other_finished and f"{one:.{DIGITS}f}" == f"{other:.{DIGITS}f}":
+            how = "equal" if one == other else f"equal to {DIGITS} digits"
+            kept = "; the test is that of the one given first" if place == 1 and one == other else ""
+            yield f"{place}. and {place + 1}. tie: val {metric.replace('_', ' ')} is {how}{kept}"
 
 
 def spelled(values: Sequence[float]) -> str:
@@ -213,7 +244,7 @@ def spelled(values: Sequence[float]) -> str:
     mean, deviation = mean_std(values)
     if mean is None:
         return "-"
-    return f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+    return f"{mean:.{DIGITS}f}" + (f" ± {deviation:.{DIGITS}f}" if deviation is not None else "")
 
 
 def _test_values(group: Group) -> dict[str, list[float]]:
@@ -223,14 +254,17 @@ def _test_values(group: Group) -> dict[str, list[float]]:
     return {name: values for name, values in found.items() if values}
 
 
-def _test_in_words(group: Group, metric: str) -> str:
+def _test_in_words(group: Group, metric: str) -> list[str]:
+    """A line a metric."""
     found = _test_values(group)
     if not group.values(metric):
-        return "no test shown: without val there is no best group"
+        return ["no test shown: without val there is no best group"]
     if not found:
-        return "test of 1.: none yet"
-    words = ", ".join(f"{name.replace('_', ' ')} {spelled(values)}" for name, values in found.items())
-    return f"test of 1.: {words}"
+        return ["test of 1.: none yet"]
+    num_runs = max(map(len, found.values()))
+    width = max(len(name) for name in found)
+    of_all = f"{num_runs} of its {len(group.counted)} runs" if num_runs < len(group.counted) else counted(num_runs, "run")
+    return [f"test of 1., {of_all}:", *(f"    {name.replace('_', ' ').ljust(width)}  {spelled(values)}" for name, values in found.items())]
 
 
 def _as_dict(place: int, group: Group, metric: str) -> dict[str, Any]:  # Any: JSON values

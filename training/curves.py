@@ -25,7 +25,8 @@ def draw_curves(path: Path, groups: Sequence[Group], metric: str) -> None:
     loss, val = figure.subplots(1, 2)
     for place, group in enumerate(groups):
         for number, run in enumerate(group.runs):
-            style: dict[str, Any] = {"color": f"C{place % 10}", "linestyle": "-" if run.is_finished else "--", "linewidth": 1.2}  # Any: what plot takes
+            line = "-" if run.is_finished else "--"
+            style: dict[str, Any] = {"color": f"C{place % 10}", "linestyle": line, "linewidth": 1.2, "marker": "."}  # Any: what plot takes
             settings = group.settings if len(group.settings) <= MOST_LETTERS else group.settings[: MOST_LETTERS - 1] + "…"
             _curve(loss, run.lines, "epoch/loss", style, None)
             _curve(val, run.epochs, f"val/{metric}", style, f"{place + 1}. {settings}" if number == 0 else None)
@@ -35,6 +36,7 @@ def draw_curves(path: Path, groups: Sequence[Group], metric: str) -> None:
     val.set(title=f"{metric.replace('_', ' ')} on val (dot: best epoch)", xlabel="epoch", ylabel=metric.replace("_", " "))
     for axes in (loss, val):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if val.get_legend_handles_labels()[0]:
         val.legend(fontsize=7)
     file = io.BytesIO()

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from clips import snippets
 from clips.errors import InputError
 from clips.files import write_whole
 from clips.format import ClipFacts
+from clips.manifest import is_packed, read_index, read_manifest
 
 from .metrics import Prediction
 
@@ -65,24 +67,77 @@ def write_elan(folder: Path, rows: Iterable[Prediction], decide: Decision) -> Ma
     return written
 
 
-def with_times(facts: Sequence[ClipFacts], clip_ms: int) -> list[ClipFacts]:
-    """The facts, and where begin and end are unknown, those of consecutive windows of `clip_ms`, if a source's running numbers have no gap."""
-    numbers: dict[str, list[int | None]] = defaultdict(list)
-    for fact in facts:
-        numbers[fact.source].append(fact.index)
-    starts = {}
-    for source, found in numbers.items():
-        known = sorted(number for number in found if number is not None)
-        if len(known) == len(found) and known == list(range(known[0], known[0] + len(known))):
-            starts[source] = known[0]
-    return [_timed(fact, starts.get(fact.source), clip_ms) for fact in facts]
+@dataclass(frozen=True)
+class Windows:
+    """The running numbers of each source's snippets by split, None for a name without one, and a snippet's length where the home's name tells it."""
+
+    numbers: Mapping[str, Mapping[str, Sequence[int | None]]]
+    length_ms: int | None
+
+    def in_several_splits(self, source: str) -> bool:
+        return len(self.numbers.get(source, ())) > 1
+
+    def starts(self) -> dict[str, int]:
+        """The first number of each source whose numbers, over all splits together, have no gap and do not repeat."""
+        found = {}
+        for source, splits in self.numbers.items():
+            every = [number for numbers in splits.values() for number in numbers]
+            known = sorted(number for number in every if number is not None)
+            if len(known) == len(every) and known == list(range(known[0], known[0] + len(known))):
+                found[source] = known[0]
+        return found
 
 
-def _timed(fact: ClipFacts, start: int | None, clip_ms: int) -> ClipFacts:
-    if fact.begin_ms is not None or fact.index is None or start is None:
-        return fact
-    begin_ms = (fact.index - start) * clip_ms
-    return replace(fact, begin_ms=begin_ms, end_ms=begin_ms + clip_ms)
+def windows_of(facts: Sequence[ClipFacts]) -> Windows:
+    """Of clips that belong to no split, or to one."""
+    return Windows(_by_source(("", fact.source, fact.index) for fact in facts), None)
+
+
+def windows_in(home: Path) -> Windows:
+    """Of all splits of shards, bad snippets that were left out among them, or of npz snippets."""
+    if not is_packed(home):
+        found = snippets.find(home)
+        numbers = _by_source((snippet.split, snippet.source, snippet.index) for split in found.splits.values() for snippet in split)
+        return Windows(numbers, _length_ms(found.settings or {}))
+    manifest = read_manifest(home)
+    indexes = [(split, read_index(home, split, shard)) for split, entry in manifest.splits.items() for shard in entry.shards]
+    there = [(split, clip.facts.source, clip.facts.index) for split, index in indexes for clip in index.clips]
+    bad = [(one["path"], 0) for _, index in indexes for one in index.bad]
+    left_out = snippets.from_listing(bad, manifest.classes, None, manifest.source_pattern)
+    return Windows(_by_source([*there, *((snippet.split, snippet.source, snippet.index) for snippet in left_out)]), _length_ms(manifest.home))
+
+
+def _length_ms(settings: Mapping[str, str | int | float]) -> int | None:
+    return int(settings["length_ms"]) if "length_ms" in settings else None
+
+
+def with_times(facts: Sequence[ClipFacts], windows: Windows, clip_ms: int | None) -> list[ClipFacts]:
+    """The facts with begin and end as far as running numbers tell them: windows of `clip_ms`, or as the home says, one after another.
+
+    Known times stay, but for a source in several splits: they count from its first snippet in one split, and are counted anew from
+    its first in any. Where that cannot be told, because numbers are missing or repeat, they are unknown.
+    """
+    starts = windows.starts()
+    return [_timed(fact, starts.get(fact.source), windows, clip_ms) for fact in facts]
+
+
+def _timed(fact: ClipFacts, start: int | None, windows: Windows, clip_ms: int | None) -> ClipFacts:
+    length_ms = clip_ms or windows.length_ms
+    if fact.begin_ms is not None and fact.end_ms is not None:
+        if not windows.in_several_splits(fact.source):
+            return fact
+        length_ms = fact.end_ms - fact.begin_ms
+    if start is None or fact.index is None or length_ms is None:
+        return replace(fact, begin_ms=None, end_ms=None)
+    begin_ms = (fact.index - start) * length_ms
+    return replace(fact, begin_ms=begin_ms, end_ms=begin_ms + length_ms)
+
+
+def _by_source(windows: Iterable[tuple[str, str, int | None]]) -> dict[str, dict[str, list[int | None]]]:
+    found: dict[str, dict[str, list[int | None]]] = {}
+    for split, source, number in windows:
+        found.setdefault(source, {}).setdefault(split, []).append(number)
+    return found
 
 
 def annotations_of(rows: Iterable[Prediction], decide: Decision) -> list[Annotation]:

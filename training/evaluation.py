@@ -13,6 +13,7 @@ from torch import nn
 from clips.errors import InputError
 from clips.format import ClipFacts
 from clips.registry import check_name
+from clips.words import counted
 
 from .distributed import Group
 from .metrics import METRICS, Judged, Prediction, evaluate
@@ -145,8 +146,22 @@ def metrics_of(facts: Sequence[ClipFacts], scores: Scores, class_names: Sequence
     """The metrics of the clips that were read, and `unread`, the number of the others."""
     judged = judged_of(facts, scores, class_names, positive)
     metrics = evaluate(judged.labels, judged.probabilities, class_names, positive)
-    notes = [f"{len(scores.unread)} clips could not be read and are left out"] if scores.unread else []
-    return {**metrics, "unread": len(scores.unread), "notes": [*notes, *metrics["notes"]]}  # type: ignore[misc]  # notes are a list
+    num_unread = len(scores.unread)
+    if num_unread and not len(judged.labels):
+        return {**metrics, "unread": num_unread, "notes": [f"none of its {counted(num_unread, 'clip')} could be read."]}
+    notes = [f"{counted(num_unread, 'clip')} could not be read and {'is' if num_unread == 1 else 'are'} left out."] if num_unread else []
+    return {**metrics, "unread": num_unread, "notes": [*notes, *metrics["notes"]]}  # type: ignore[misc]  # notes are a list
+
+
+def why_unusable(metrics: Mapping[str, Any], scores: Scores) -> str | None:  # Any: what `metrics_of` gives
+    """Why a split says nothing of the model, and what to do; None where it does say something."""
+    if metrics["loss"] is not None:
+        return None
+    if scores.is_read.any():
+        advice = "Take a lower --lr; best/ holds the best epoch before, if there was one."
+    else:
+        advice = "Look after its files (python -m convert verify), or move the split away to train without it."
+    return " ".join([*metrics["notes"], advice])
 
 
 def prediction_rows(facts: Sequence[ClipFacts], split: str, scores: Scores) -> list[Prediction]:
@@ -171,8 +186,12 @@ def in_words(metrics: Mapping[str, Any]) -> str:  # Any: what `evaluate` or `det
     known = [f"{name.replace('_', ' ')} {metrics[name]:.4f}{_spelled(intervals.get(name))}" for name in METRICS if metrics[name] is not None]
     if metrics.get("f1_at_threshold") is not None:
         known.append(f"f1 {metrics['f1_at_threshold']:.4f}{_spelled(intervals.get('f1_at_threshold'))} at val's threshold {metrics['threshold']:.4f}")
-    parts = [", ".join(known)] * bool(known) + [f"confusion {metrics['confusion']}"] * (metrics["confusion"] is not None)
+    parts = [", ".join(known)] * bool(known) + [_table(metrics["confusion"])] * (metrics["confusion"] is not None)
     return " ".join([", ".join(parts)] * bool(parts) + [f"({note})" for note in metrics["notes"]])
+
+
+def _table(confusion: Sequence[Sequence[int]] | None) -> str:
+    return f"confusion {' / '.join(' '.join(map(str, row)) for row in confusion or ())} (a row a label)"
 
 
 def _spelled(ends: Sequence[float] | None) -> str:

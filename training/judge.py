@@ -1,6 +1,6 @@
-"""What an epoch is worth: metrics on val, which choose the best epoch; its weights and threshold are kept, and judged on test.
+"""What an epoch is worth: metrics on val, which choose the best epoch and its threshold; its weights are judged on test.
 
-batches in as many rounds on every rank -> probabilities, each clip once -> metrics -> best/ and threshold.json, or the report
+batches in as many rounds on every rank -> probabilities, each clip once -> metrics -> the progress, or the report
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from clips.errors import InputError
 from clips.format import ClipFacts
 
 from .distributed import Group
-from .evaluation import EvaluationConfig, HasVideo, Scores, in_words, judged_of, metrics_of, prediction_rows, probabilities
+from .evaluation import EvaluationConfig, HasVideo, Scores, in_words, judged_of, metrics_of, prediction_rows, probabilities, why_unusable
 from .metrics import METRICS
 from .precision import Precision
 from .progress import Progress
 from .report import report
 from .run_folder import RunFolder
-from .threshold import best_threshold, write_threshold
+from .threshold import best_threshold
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One run's. `poll` is asked before each round, equally often on every rank; `save` writes the best weights with a note."""
+    """One run's. `poll` is asked before each round, equally often on every rank."""
 
     config: EvaluationConfig
     folder: RunFolder
@@ -57,25 +57,22 @@ class Judge:
             if batch is not None:
                 yield batch
 
-    def score(self, metrics: dict[str, Any]) -> bool:  # Any: as above
-        """Enters an epoch's metrics on val into the log and the progress; whether it is the best so far. Without val the last epoch is."""
+    def score(self, facts: Sequence[ClipFacts], metrics: dict[str, Any], scores: Scores | None) -> None:  # Any: as above
+        """Enters an epoch's metrics on val into the log and the progress, which keeps the best so far. Without val, without scores, the last epoch is."""
         progress, epoch, name = self.progress, self.progress.trained, self.config.best_metric
-        if metrics:
-            self.folder.log({"step": progress.step, "epoch": epoch} | {f"val/{name}": metrics[name] for name in (*METRICS, "confusion", "unread")})
-            logger.info("val: " + in_words(metrics))
-            if metrics["loss"] is None:
-                raise InputError(f"val: {'; '.join(metrics['notes'])} Take a lower --lr; best/ holds the best epoch before, if there was one.")
-        else:
+        if scores is None:
             logger.info("no split val: the last epoch counts as the best")
-        value = metrics.get(name)
-        if metrics and value is None:
-            logger.info(f"val: {name} is undefined ({'; '.join(metrics['notes'])}); the last epoch counts as the best until one has it")
-        return progress.score(None if value is None else -value if name == "loss" else value, epoch)
-
-    def keep_threshold(self, facts: Sequence[ClipFacts], scores: Scores) -> None:
-        """threshold.json of the best epoch."""
+            progress.score(None, epoch)
+            return
+        self.folder.log({"step": progress.step, "epoch": epoch} | {f"val/{name}": metrics[name] for name in (*METRICS, "confusion", "unread")})
+        logger.info("val: " + in_words(metrics))
+        if (reason := why_unusable(metrics, scores)) is not None:
+            raise InputError(f"val: {reason}")
+        value = metrics[name]
+        if value is None:
+            logger.info(f"val: {name} is undefined ({' '.join(metrics['notes'])}); the last epoch counts as the best until one has it")
         judged = judged_of(facts, scores, self.class_names, self.config.positive)
-        write_threshold(self.folder.path, best_threshold(judged, self.progress.trained))
+        progress.score(None if value is None else -value if name == "loss" else value, epoch, metrics, best_threshold(judged, epoch))
 
     def report(self, split: str, facts: Sequence[ClipFacts], metrics: dict[str, Any], scores: Scores) -> None:  # Any: as above
         """All that is said of a split at the end."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from clips.errors import InputError
 from clips.files import whole_file
@@ -59,7 +59,7 @@ def evaluate(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: S
     if num_bad := int((~np.isfinite(scores)).any(axis=1).sum()):
         return undefined(f"{num_bad} of {len(truth)} clips have a probability that is not finite: the model diverged.")
     predictions = scores.argmax(axis=1)
-    confusion = confusion_matrix(truth, predictions, labels=range(num_classes))
+    confusion = confusion_of(truth, predictions, num_classes)
     counted = counted_classes(class_names, positive)
     return {
         "loss": float(-np.log(np.maximum(scores[np.arange(len(truth)), truth], SMALLEST_PROBABILITY)).mean()),
@@ -71,6 +71,11 @@ def evaluate(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: S
         "confusion": confusion.tolist(),
         "notes": notes(confusion, class_names, counted),
     }
+
+
+def confusion_of(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 (K, K): the clips of each label, down, and prediction, across."""
+    return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def counted_classes(class_names: Sequence[str], positive: str | None) -> list[int]:
@@ -130,6 +135,8 @@ def notes(confusion: np.ndarray, class_names: Sequence[str], counted: list[int])
         if confusion[index].sum() == 0:
             lost = "balanced accuracy, F1, AUROC and average precision" if index in counted else "balanced accuracy and AUROC"
             reasons.append(f"no clip of class {name} in this split: {lost} are undefined.")
+    if len(class_names) == 1:
+        reasons.append("there is one class only: AUROC is undefined.")
     return reasons
 
 
@@ -158,30 +165,3 @@ def write_predictions(path: Path, rows: Iterable[Prediction], class_names: Seque
         writer.writerow([row.key, row.split, label, prediction, *scores, row.source, row.begin_ms, row.end_ms])  # csv writes None as empty
     with whole_file(path) as file:
         file.write(text.getvalue().encode())
-
-
-def read_predictions(path: Path) -> tuple[list[Prediction], tuple[str, ...]]:
-    """The rows of `write_predictions` and the class names in label order."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        names = tuple(name.removeprefix("p_") for name in header[len(FIRST_COLUMNS) : -len(LAST_COLUMNS)])
-        if header != [*FIRST_COLUMNS, *(f"p_{name}" for name in names), *LAST_COLUMNS]:
-            raise InputError(f"{path}: expected the columns of a predictions file (key, split, label, …), found {', '.join(header) or 'an empty file'}.")
-        return [read_row(path, dict(zip(header, line, strict=True)), names) for line in reader], names
-
-
-def read_row(path: Path, cells: dict[str, str], class_names: tuple[str, ...]) -> Prediction:
-    """One line of the file."""
-    if cells["label"] and cells["label"] not in class_names:
-        raise InputError(f"{path}: clip {cells['key']!r} has label {cells['label']!r}; expected one of {', '.join(class_names)}.")
-    scores = [cells[f"p_{name}"] for name in class_names]
-    return Prediction(
-        key=cells["key"],
-        split=cells["split"],
-        label=class_names.index(cells["label"]) if cells["label"] else None,
-        probabilities=[float(score) for score in scores] if scores[0] else None,
-        source=cells["source"] or None,
-        begin_ms=float(cells["begin_ms"]) if cells["begin_ms"] else None,
-        end_ms=float(cells["end_ms"]) if cells["end_ms"] else None,
-    )

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure  # a figure of its own draws with Agg: no display, no global state
 from PIL import Image
-from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from clips.files import whole_file
 
-from .metrics import Judged, auroc, average_precision
+from .metrics import Judged, auroc, average_precision, confusion_of
 
 SIZE_INCH, DPI = (5.0, 4.6), 100
 NUM_BINS = 10
@@ -113,7 +113,7 @@ def calibration(is_class: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, n
 def _confusion(axes: Axes, judged: Judged) -> None:
     """Counts, coloured by their share of the row."""
     names = list(judged.class_names)
-    counts = confusion_matrix(judged.labels, judged.predictions, labels=range(len(names)))
+    counts = confusion_of(judged.labels, judged.predictions, len(names))
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= MOST_NAMED_CELLS:

@@ -16,6 +16,7 @@ from clips.registry import check_name
 
 MODES = ("auto", "bf16", "fp16", "fp32")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_SCALE = 1.0  # below it gradients would overflow fp16 as they are
 
 
 class Precision:
@@ -42,7 +43,8 @@ class Precision:
     def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], clip_grad: float) -> torch.Tensor:
         """One update; gives the gradients' norm before clipping, fp32 on the device: reading it is the caller's wait for the GPU.
 
-        `clip_grad` 0 is no limit. A norm that is not finite changes no parameter, without a wait; under fp16 it also halves the scale.
+        `clip_grad` 0 is no limit. A norm that is not finite changes no parameter, without a wait. Under fp16 it also halves the scale and is given as
+        infinite, which is how the scale finds its value, until the scale falls below 1: from there on no scale helps, and it is given as NaN.
         """
         self._scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
@@ -54,7 +56,11 @@ class Precision:
         elif norm.isfinite():  # a wait, for optimisers that are not fused
             optimizer.step()
         self._scaler.update()
-        return norm
+        return self._told(norm) if self._scaler.is_enabled() else norm
+
+    def _told(self, norm: torch.Tensor) -> torch.Tensor:
+        scale = self._scaler.scale(torch.ones_like(norm))  # the scale itself, on the device: get_scale() would wait
+        return torch.where(norm.isfinite(), norm, torch.where(scale < SMALLEST_SCALE, math.nan, math.inf))
 
     def state_dict(self) -> dict[str, Any]:  # Any: torch's own signature
         """The loss scale and its counters; empty without fp16."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from .metrics import METRICS
+from .threshold import Threshold
 
 
 @dataclass
@@ -19,23 +23,41 @@ class Progress:
     skipped: int = 0  # steps whose loss or gradients were not finite
     best: float | None = None  # the score of the best epoch, higher is better
     best_epoch: int = 0  # counted from 1
+    best_metrics: dict[str, float] = field(default_factory=dict)  # its metrics on val, those that are defined
+    best_threshold: Threshold | None = None
 
-    def state_dict(self) -> dict[str, Any]:  # Any: numbers
+    def state_dict(self) -> dict[str, Any]:  # Any: plain values
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # Any: numbers
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # Any: plain values
+        for one in fields(self):
+            setattr(self, one.name, state[one.name])
+        stored = state["best_threshold"]
+        self.best_threshold = None if stored is None else Threshold(**stored)
+
+    @property
+    def is_at_best(self) -> bool:
+        """Whether the weights are those of the best epoch: it is the last that was trained and evaluated, and no step came after it."""
+        return self.best_epoch > 0 and self.best_epoch == self.evaluated == self.trained and not self.consumed
 
     def end_epoch(self) -> None:
         """The last step of an epoch is done."""
         self.trained += 1
         self.consumed, self.loss_sum, self.loss_steps = 0, 0.0, 0
 
-    def score(self, score: float | None, epoch: int) -> bool:
+    def score(
+        self, score: float | None, epoch: int, metrics: Mapping[str, Any] | None = None, threshold: Threshold | None = None
+    ) -> bool:  # Any: as `evaluate`
         """Whether this epoch is the best so far: of equal scores the earlier stays, any score beats none, and of none the last stays."""
         self.evaluated = epoch
         if self.best is None or (score is not None and score > self.best):
-            self.best, self.best_epoch = score, epoch
+            self.best, self.best_epoch, self.best_threshold = score, epoch, threshold
+            self.best_metrics = {name: value for name in METRICS if (value := (metrics or {}).get(name)) is not None}
             return True
         return False
+
+    def best_in_words(self, metric: str) -> str:
+        """Such as "epoch 7 (val auroc 0.9123)"."""
+        value = self.best_metrics.get(metric)
+        why = f"val {metric.replace('_', ' ')} {value:.4f}" if value is not None else f"the last: no {metric.replace('_', ' ')} on val"
+        return f"epoch {self.best_epoch} ({why})"

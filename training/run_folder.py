@@ -32,6 +32,7 @@ FREE = (
     "evaluate_test",
 )
 MAY_GROW = "epochs"
+PATIENCE = "patience"  # may change as freely: it says when a run ends, not what its epochs give; but runs that differ in it are not the same to `compare`
 JOB_LOGS = (".out", ".err", ".log")  # SLURM may put a job's output here before the run starts
 
 
@@ -46,18 +47,11 @@ class RunFolder:
         self._purge_step: int | None = None
         self._board: SummaryWriter | None = None
 
-    def open(self, config: Mapping[str, Any], free: Collection[str] = ()) -> State:  # Any: JSON values
-        """`look`, then `begin` unless the run is finished."""
-        state = self.look(config, free)
-        if state != "finished":
-            self.begin(config)
-        return state
-
     def look(self, config: Mapping[str, Any], free: Collection[str] = ()) -> State:  # Any: JSON values
         """What a start with this configuration would be; nothing is written.
 
-        Flags named in `free` may change between starts and `epochs` may grow: a finished run with more epochs is a "resume".
-        InputError for another configuration or somebody else's folder. Rank 0 asks and tells the others.
+        Flags named in `free` and --patience may change between starts and `epochs` may grow: a finished run with more epochs is a "resume", and one that
+        --patience ended with more patience. InputError for another configuration or somebody else's folder. Rank 0 asks and tells the others.
         """
         if not self.is_main:
             raise ValueError("RunFolder is for rank 0 to ask; broadcast its answer to the other ranks.")
@@ -67,7 +61,7 @@ class RunFolder:
             return "new"
         config_json = as_read_back(config)
         check_same(self.path, stored, config_json, free)
-        return "finished" if self._done.exists() and not grown(stored, config_json) else "resume"
+        return "finished" if self._done.exists() and not grown(stored, config_json) and not more_patient(stored, config_json) else "resume"
 
     def begin(self, config: Mapping[str, Any]) -> None:  # Any: JSON values
         """From here on the folder says that it runs, with this configuration, on this machine."""
@@ -187,7 +181,8 @@ def as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON valu
 def check_same(path: Path, stored: Mapping[str, Any], config: Mapping[str, Any], free: Collection[str]) -> None:  # Any: JSON values
     """Raises InputError that names each flag which differs though it may not."""
     before, now = dict(flags(stored)), dict(flags(config))
-    differing = [name for name in sorted({*before, *now} - set(free)) if before.get(name) != now.get(name) and not (name == MAY_GROW and grown(before, now))]
+    fixed = sorted({*before, *now} - {*free, PATIENCE})
+    differing = [name for name in fixed if before.get(name) != now.get(name) and not (name == MAY_GROW and grown(before, now))]
     if differing:
         changes = "; ".join(f"{label(name)} was {shown(before.get(name))}, now {shown(now.get(name))}" for name in differing)
         hint = " (epochs may only grow)" if MAY_GROW in differing else ""
@@ -215,6 +210,12 @@ def grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:  # Any: JS
     """Whether the run is to have more epochs than before."""
     old, new = before.get(MAY_GROW), now.get(MAY_GROW)
     return isinstance(old, int) and isinstance(new, int) and new > old
+
+
+def more_patient(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:  # Any: JSON values
+    """Whether the run is to wait longer than before for a better epoch, or always."""
+    old, new = before.get(PATIENCE), now.get(PATIENCE)
+    return old is not None and (new is None or new > old)
 
 
 def shown(value: Any) -> str:  # Any: JSON values

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clips.errors import InputError
+from clips.words import counted
 
 BASE_BATCH_SIZE = 256  # the batch for which --lr is stated, as in VideoMAE's recipe
 MAX_WARMUP_EPOCHS = 5
@@ -75,4 +76,4 @@ def explain(epochs: int, steps_per_epoch: int, batch_size: int, config: Schedule
     if reached:
         return [line + f"then x {config.lr_gamma:g} at epoch {' and '.join(reached)}"]
     milestone = f"before the first of --lr-milestones ({config.lr_milestones[0]})" if config.lr_milestones else "and --lr-milestones is empty"
-    return [line + "then constant", f"learning rate: the run ends after {epochs} epochs, {milestone}: after the warm-up the rate stays constant"]
+    return [line + "then constant", f"learning rate: the run ends after {counted(epochs, 'epoch')}, {milestone}: after the warm-up the rate stays constant"]

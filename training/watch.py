@@ -30,9 +30,9 @@ class Watch:
     """One rank's steps since the last reading."""
 
     def __init__(self, device: torch.device, counts_norms: bool) -> None:
-        """`counts_norms`: an infinite norm is a fault; under fp16 it is how the loss scale finds its value."""
+        """`counts_norms`: an infinite norm is a fault; under fp16 it is how the loss scale finds its value, and only NaN is one."""
         self._counts_norms = counts_norms
-        self._totals = torch.zeros(2, device=device)  # of finite losses, their number
+        self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # of finite losses, their number; float32 would drop the later ones' digits
         self._faults: list[torch.Tensor] = []
         self._keys: list[Sequence[str]] = []
         self._before: list[list[str]] = []  # keys of steps that were skipped since the last reading, before a restart
@@ -42,7 +42,7 @@ class Watch:
         """A step's loss and norm, and the keys of this rank's clips; nothing waits."""
         is_finite = loss.isfinite()
         self._totals += torch.stack([torch.where(is_finite, loss, 0.0), is_finite.to(loss.dtype)])
-        self._faults.append(~is_finite | ~grad_norm.isfinite() if self._counts_norms else ~is_finite)
+        self._faults.append(~is_finite | (~grad_norm.isfinite() if self._counts_norms else grad_norm.isnan()))
         self._keys.append(keys)
         self._norm = grad_norm
 
