@@ -270,7 +270,7 @@ def test_bad_clips_of_all_ranks_count_against_one_budget() -> None:
 def test_metrics_in_words_are_one_line_with_four_digits() -> None:
     metrics = evaluate([0, 0, 1, 1], [[0.75, 0.25], [0.25, 0.75], [0.25, 0.75], [0.5, 0.5]], CLASSES)
     assert in_words(metrics) == (  # by hand: the loss is -(2 log 0.75 + log 0.25 + log 0.5) / 4
-        "loss 0.6637, accuracy 0.5000, balanced accuracy 0.5000, f1 0.5000, auroc 0.6250, average precision 0.5833, confusion [[1, 1], [1, 1]]"
+        "loss 0.6637, accuracy 0.5000, balanced accuracy 0.5000, f1 0.5000, auroc 0.6250, average precision 0.5833, confusion 1 1 / 1 1 (a row a label)"
     )
 
 
@@ -285,7 +285,7 @@ def test_intervals_and_the_threshold_of_val_are_told_beside_the_metrics() -> Non
 def test_undefined_metrics_are_left_out_and_explained_but_a_metric_of_0_is_told() -> None:
     words = in_words(evaluate([0, 0], [[0.5, 0.5], [0.25, 0.75]], CLASSES))
     note = "no clip of class gesture in this split: balanced accuracy, F1, AUROC and average precision are undefined."
-    assert words == f"loss 1.0397, accuracy 0.5000, confusion [[1, 1], [0, 0]] ({note})"
+    assert words == f"loss 1.0397, accuracy 0.5000, confusion 1 1 / 0 0 (a row a label) ({note})"
     assert "accuracy 0.0000" in in_words(evaluate([0], [[0.25, 0.75]], CLASSES))
 
 
