@@ -1,4 +1,4 @@
-"""python -m benchmarks loader|busy|ahead|shortcuts|convert|storage|plot|demo: what the parts cost on this machine."""
+"""python -m benchmarks loader|busy|ahead|shortcuts|convert|storage|step|decode|plot|demo: what the parts cost on this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from clips import command
 from .ahead import AheadConfig, bench_ahead
 from .busy import BusyConfig, bench_busy
 from .convert import ConvertBenchConfig, bench_convert
+from .decode import DecodeConfig, bench_decode
 from .demo import DemoConfig, demo
 from .loader import LoaderBenchConfig, bench
 from .plot import PlotConfig, plot
 from .shortcuts import ShortcutsConfig, bench_shortcuts
+from .step import StepConfig, bench_step
 from .storage import StorageBenchConfig, bench_storage
 
 
@@ -26,6 +28,8 @@ def main() -> int:
         "shortcuts": ShortcutsConfig,
         "convert": ConvertBenchConfig,
         "storage": StorageBenchConfig,
+        "step": StepConfig,
+        "decode": DecodeConfig,
         "plot": PlotConfig,
         "demo": DemoConfig,
     }
@@ -42,6 +46,10 @@ def main() -> int:
         bench_convert(config)
     elif isinstance(config, StorageBenchConfig):
         bench_storage(config)
+    elif isinstance(config, StepConfig):
+        bench_step(config)
+    elif isinstance(config, DecodeConfig):
+        bench_decode(config)
     elif isinstance(config, PlotConfig):
         plot(config)
     elif isinstance(config, DemoConfig):

@@ -74,7 +74,7 @@ def _prepare_training(model: Model, config: ModelConfig) -> None:
     if config.activation_checkpointing == "on":
         model.checkpoint_activations(True)
     if config.compile:
-        model.compile()  # in place: the keys keep their names
+        model.compile(dynamic=False)  # in place: the keys keep their names
 
 
 def _explain_training(model: Model, config: ModelConfig) -> list[str]:

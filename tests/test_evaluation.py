@@ -204,7 +204,7 @@ def test_dropout_is_off_and_the_model_comes_back_in_its_mode(is_training: bool) 
 
 def test_no_gradients_are_kept() -> None:
     model, kept = tiny(), []
-    model.register_forward_hook(lambda *answer: kept.append(answer[-1].requires_grad))
+    list(model.children())[-1].register_forward_hook(lambda *answer: kept.append(answer[-1].requires_grad))
     probabilities(model, batches([0], [1]), 2, FP32, ALONE)
     assert kept == [False, False]
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -258,6 +258,22 @@ def test_what_is_judged_are_the_clips_that_were_read_with_their_sources() -> Non
     assert (found.labels.tolist(), found.sources, found.counted) == ([0, 0, 1], ["source0", "source2", "source3"], [1])
     assert found.probabilities.dtype == np.float64 and found.probabilities.tolist() == [[0.25, 0.75], [0.5, 0.5], [1, 0]]
     assert found.predictions.tolist() == [1, 0, 0]  # of equals the earlier
+
+
+def test_a_compiled_model_is_not_compiled_again_for_evaluation() -> None:
+    sizes: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+        sizes.append(len(inputs))
+        return graph
+
+    model = tiny()
+    model.compile(backend=count)
+    found = probabilities(model, batches([0, 1], [2]), 3, FP32, ALONE).probabilities
+    np.testing.assert_allclose(found, alone(3), rtol=1e-5)
+    assert not sizes
+    model(clip(0))
+    assert sizes
 
 
 def test_bad_clips_of_all_ranks_count_against_one_budget() -> None:

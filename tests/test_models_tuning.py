@@ -194,7 +194,7 @@ def test_compiling_in_one_graph_changes_neither_keys_nor_logits_nor_gradients(fo
 
 def test_the_flag_compiles_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: asked.append(self))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: asked.append(self))
     assert build(folder, compile=True) is asked[0] and len(asked) == 1
     build(folder)
     assert len(asked) == 1

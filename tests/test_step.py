@@ -201,3 +201,9 @@ def test_a_step_changes_no_parameter() -> None:
 def test_a_step_of_no_micro_batches_is_an_error() -> None:
     with pytest.raises(ValueError, match="no micro-batches"):
         stepped([], 1)
+
+
+def test_cublas_without_room_for_itself_counts_as_out_of_memory() -> None:
+    assert training.step.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not training.step.is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+    assert training.step.is_out_of_memory(torch.cuda.OutOfMemoryError())

@@ -210,9 +210,10 @@ def make_loader(config: TrainConfig, source: ClipSource, plan: Plan, model: Clip
     if subset is None:
         plan = replace(plan, num_clips=len(source.facts), labels=None, repeats=1)
     data, asked = config.data, (config.augment, model.uses_keypoints)
-    how = {"look_ahead": data.look_ahead, "decode_in": data.decode_in, "stage_dir": data.stage_dir, "max_bad_clips": data.max_bad_clips, "hw_decoder_load": data.hw_decoder_load}
+    how: dict[str, Any] = {"look_ahead": data.look_ahead, "decode_in": data.decode_in, "stage_dir": data.stage_dir}
+    how |= {"max_bad_clips": data.max_bad_clips, "hw_decoder_load": data.hw_decoder_load}
     threads = data.threads or default_threads()
-    return Loader(source, plan, model.spec, group.device, threads, data.prefetch, subset, *asked, sampling=model.sampling, **how)  # type: ignore[arg-type]
+    return Loader(source, plan, model.spec, group.device, threads, data.prefetch, subset, *asked, sampling=model.sampling, **how)
 
 
 def identify(config: TrainConfig, home: Home) -> dict[str, Any]:

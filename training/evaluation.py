@@ -122,8 +122,9 @@ def scored(model: nn.Module, batches: Iterable[Video], precision: Precision) -> 
     model.eval()
     try:
         for batch in batches:
+            # `forward`, which is never compiled: best/ is judged so too, and a last batch of another size would cost a compilation
             with precision.autocast():
-                logits = model(batch.video) if batch.keypoints is None else model(batch.video, batch.keypoints)
+                logits = model.forward(batch.video) if batch.keypoints is None else model.forward(batch.video, batch.keypoints)
             yield batch, torch.softmax(logits.float(), dim=-1)
     finally:
         model.train(was_training)

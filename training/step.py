@@ -108,7 +108,9 @@ def fits(model: nn.Module, clip_shape: tuple[int, ...], size: int, precision: Pr
     """Whether a step of `size` clips fits into the GPU's memory, AdamW's two moments and a tenth to spare included; leaves no gradients."""
     try:
         _try_step(model, (size, *clip_shape), precision)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)
@@ -116,11 +118,17 @@ def fits(model: nn.Module, clip_shape: tuple[int, ...], size: int, precision: Pr
     return True
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Also where cuBLAS finds no room for its own workspace, which torch does not call by that name."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
 def _try_step(model: nn.Module, shape: tuple[int, ...], precision: Precision) -> None:
     moments = [torch.zeros_like(parameter) for parameter in model.parameters() for _ in range(2)]
     free_bytes = torch.cuda.mem_get_info(precision.device)[0]
     spare = torch.empty(free_bytes // 10, dtype=torch.uint8, device=precision.device)  # for uploads, buckets and fragments
     with precision.autocast():
-        loss = model(torch.zeros(shape, dtype=torch.uint8, device=precision.device)).float().sum()
+        # `forward`, which is never compiled: each size that is tried would cost a compilation
+        loss = model.forward(torch.zeros(shape, dtype=torch.uint8, device=precision.device)).float().sum()
     loss.backward()
     del moments, spare
