@@ -38,6 +38,7 @@ from training.distributed import Group, meet, start
 from training.evaluation import Scores
 from training.meter import Meter
 from training.optimizer import set_lr
+from training.planner import LEAD_MINUTES, bytes_of_shards, plan_lines, sizes
 from training.recipe import with_recipe
 from training.rehearsal import STEPS, check_both, learn_by_heart, needs, scratch_folder, timed_steps, told_right
 from training.requeue import count_start, queue_again
@@ -86,7 +87,7 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     identity = identify(config, home)
     if group.ask_main(lambda: folder.look(identity, FREE)) == "finished":
         logger.info(f"{config.logger_folder}: this run is finished; more --epochs would continue it")
-    elif config.rehearsal.is_asked:
+    elif config.rehearsal.is_asked or config.planning.plan is not None:
         rehearse(config, group, home)
     else:
         with alone(config.logger_folder, group):
@@ -221,7 +222,9 @@ def rehearse(config: TrainConfig, group: Group, home: Home) -> None:
         by_heart = config.rehearsal.overfit_batch
         run = build(plain_clips(config) if by_heart else config, group, folder, home, Wishes(group, math.inf), None)
         introduce(run, home)
-        if by_heart:
+        if config.planning.plan is not None:
+            plan_jobs(run, config.planning.plan)
+        elif by_heart:
             overfit(run, by_heart)
         else:
             dry_run(run, home)
@@ -231,11 +234,8 @@ def rehearse(config: TrainConfig, group: Group, home: Home) -> None:
 
 def dry_run(run: Training, home: Home) -> None:
     """Five steps, a batch of every other split, a checkpoint and best/ written and read back, and what a run takes."""
-    config, plan, path, meter = run.config, run.loader.plan, run.folder.path, Meter()
-    steps = min(STEPS, plan.steps_per_epoch)
-    batches, mix = run.loader.training(0), partial(run.mixing, epoch=0)
-    lr = lr_at(0, plan.steps_per_epoch, config.epochs, config.batch_size // plan.repeats, config.schedule)
-    step_s = timed_steps(lambda: train_step(run, lr, batches, meter, mix)[0], steps)
+    config, plan, path = run.config, run.loader.plan, run.folder.path
+    step_s = step_seconds(run)
     run.state.save()
     if run.group.is_main:
         run.model.save(path / "best", run.class_names)
@@ -248,6 +248,24 @@ def dry_run(run: Training, home: Home) -> None:
         loader.close()
         logger.info(f"dry run: {split}: a batch of {num_clips} clips evaluated by the model that was written and read back")
     for line in run.group.ask_main(lambda: needs(step_s, plan.steps_per_epoch, config.epochs, path / "checkpoints", path / "best", config.logger_folder)):
+        logger.info(line)
+
+
+def step_seconds(run: Training) -> float:
+    """Seconds of a step, by the first five of a run."""
+    config, plan, meter = run.config, run.loader.plan, Meter()
+    batches, mix = run.loader.training(0), partial(run.mixing, epoch=0)
+    lr = lr_at(0, plan.steps_per_epoch, config.epochs, config.batch_size // plan.repeats, config.schedule)
+    return timed_steps(lambda: train_step(run, lr, batches, meter, mix)[0], min(STEPS, plan.steps_per_epoch))
+
+
+def plan_jobs(run: Training, hours: float) -> None:
+    """--plan: what the run takes of jobs with this time limit; five steps tell the speed unless --clips-per-s does."""
+    config, plan = run.config, run.loader.plan
+    clips_per_s = config.planning.clips_per_s or config.batch_size / step_seconds(run)
+    epoch_clips, eval_clips = plan.steps_per_epoch * config.batch_size, len(run.val.source.facts) if run.val else 0
+    written = sizes(run.model, run.ema is not None)
+    for line in plan_lines(clips_per_s, epoch_clips, eval_clips, config.epochs, hours, LEAD_MINUTES, *written, bytes_of_shards(config.data.dataset_home), None):
         logger.info(line)
 
 

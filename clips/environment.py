@@ -109,3 +109,49 @@ def allocated_cpus() -> int:
     """The cores that this process may use; at most 8 outside a SLURM job."""
     cpus = len(os.sched_getaffinity(0))
     return cpus if in_job() else min(cpus, MAX_CPUS_OUTSIDE_A_JOB)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What SLURM's, torchrun's and CUDA's variables say of the job around this process; None where they say nothing."""
+
+    job: str | None = None
+    in_step: bool = False  # started by srun, and not the batch script itself
+    cpus_per_task: int | None = None  # as asked from sbatch
+    srun_cpus_per_task: int | None = None  # what srun will give
+    num_nodes: int = 1
+    tasks_per_node: int = 1  # the most on any node
+    gpus_on_node: int | None = None
+    visible_gpus: str | None = None
+    end_time_s: float | None = None  # since 1970
+    rank: str | None = None
+    world_size: str | None = None
+    under_torchrun: bool = False
+    array: Array | None = None
+
+
+def allocation(environ: Mapping[str, str] = os.environ) -> Allocation:
+    """The job around this process. Raises nothing: a value that is no number counts as not said."""
+    in_step = "SLURM_STEP_ID" in environ
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") if in_step else None
+    tasks = tasks or environ.get("SLURM_NTASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")  # "4(x2),1"
+    return Allocation(
+        job=job_name(environ),
+        in_step=in_step,
+        cpus_per_task=_number(environ, "SLURM_CPUS_PER_TASK"),
+        srun_cpus_per_task=_number(environ, "SRUN_CPUS_PER_TASK"),
+        num_nodes=_number(environ, "SLURM_STEP_NUM_NODES" if in_step else "SLURM_JOB_NUM_NODES") or 1,
+        tasks_per_node=max([int(number) for number in re.findall(r"(?:^|,)(\d+)", tasks)] or [1]),
+        gpus_on_node=_number(environ, "SLURM_GPUS_ON_NODE"),
+        visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"),
+        end_time_s=_number(environ, "SLURM_JOB_END_TIME"),
+        rank=environ.get("RANK"),
+        world_size=environ.get("WORLD_SIZE"),
+        under_torchrun="TORCHELASTIC_RUN_ID" in environ,
+        array=job_array(environ),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name, "")
+    return int(text) if text.isdecimal() else None

@@ -151,3 +151,13 @@ def test_durations_are_said_as_people_say_them(seconds: float, words: str) -> No
 def test_sizes_are_said_in_their_unit() -> None:
     assert (megabytes(12_300_000), megabytes(3_456_000_000)) == ("12 MB", "3.5 GB")
     assert not RehearsalConfig().is_asked
+
+
+def test_a_plan_says_how_many_jobs_a_run_takes_and_leaves_no_file(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run(shards, tmp_path / "run", "--plan", "24", "--clips-per-s", "0.001", "--epochs", "40")
+    assert list(tmp_path.iterdir()) == []
+    # 16 clips trained and 3 evaluated at twice the speed are 17,500 s an epoch, 4.86 h; 40 of them 194 h
+    assert any("4.9 h" in line for line in caplog.messages), caplog.messages[-6:]
+    with pytest.raises(InputError, match="--plan: expected alone"):
+        run(shards, tmp_path / "run", "--plan", "24", "--dry-run")

@@ -1,4 +1,4 @@
-"""python -m training compare|agree: which of several runs is best, and whether two predictions agree."""
+"""python -m training compare|agree|doctor: which of several runs is best, whether two predictions agree, whether a node will do."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import sys
 
 from clips import command
 
-from .agree import AgreeConfig, agree
-from .compare import CompareConfig, compare
-
 
 def main() -> int:
     """The exit code of the verb."""
     command.show_log()
-    verbs = {"compare": CompareConfig, "agree": AgreeConfig}
-    config = command.parse_verb(verbs, "python -m training", "which of several runs is best, and whether two predictions agree")
+    from .doctor import DoctorConfig, doctor
+
+    if sys.argv[1:2] == ["doctor"] and not {"-h", "--help"} & set(sys.argv):
+        return doctor(sys.argv[2:])
+    from .agree import AgreeConfig, agree  # torch, which the doctor does without, takes seconds
+    from .compare import CompareConfig, compare
+
+    verbs = {"compare": CompareConfig, "agree": AgreeConfig, "doctor": DoctorConfig}
+    config = command.parse_verb(verbs, "python -m training", "which of several runs is best, whether two predictions agree, whether a node will do")
     if isinstance(config, CompareConfig):
         return compare(config)
     if isinstance(config, AgreeConfig):

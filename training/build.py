@@ -40,6 +40,7 @@ from .journal import Journal, JournalConfig
 from .judge import Judge
 from .mixing import MixConfig, Mixing, balanced_weights
 from .optimizer import OptimizerConfig, build_optimizer, rates_in_words
+from .planner import PlanConfig
 from .precision import Precision
 from .progress import Progress
 from .recipe import RecipeConfig, departures, used
@@ -57,7 +58,7 @@ from .watch import Watch
 logger = logging.getLogger(__name__)
 
 # Flags that say where others come from, what is tried instead of a run, and what its job does.
-NO_PART_OF_A_RUN = ("config", "dry_run", "overfit_batch", "sweep", "line", "requeue", "max_restarts")
+NO_PART_OF_A_RUN = ("config", "dry_run", "overfit_batch", "plan", "clips_per_s", "sweep", "line", "requeue", "max_restarts")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class TrainConfig:
     writing: JournalConfig = field(default_factory=JournalConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
     rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
+    planning: PlanConfig = field(default_factory=PlanConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     again: RequeueConfig = field(default_factory=RequeueConfig)
     batch_size: int = 64
@@ -101,6 +103,8 @@ class TrainConfig:
     """A config.json of an earlier run: its values become the defaults."""
 
     def __post_init__(self) -> None:
+        if self.planning.plan is not None and self.rehearsal.is_asked:
+            raise InputError("--plan: expected alone, without --dry-run and --overfit-batch. Take one of them.")
         for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size), ("micro-batch", self.micro_batch)):
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1.")
