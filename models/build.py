@@ -5,6 +5,7 @@ Checkpoint -> config -> module with fresh, seeded weights -> keys.fit -> load, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from .pixels import Pixels, choose_pixels, known
 
 SEED = 0  # of new heads and of the tiny models: every run starts from the same numbers
 HEAD_STD = 0.02
+COMPILES_FROM = (2, 11)  # torch
 TINY = {"image_size": 64, "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 384}
 
 
@@ -74,7 +76,15 @@ def _prepare_training(model: Model, config: ModelConfig) -> None:
     if config.activation_checkpointing == "on":
         model.checkpoint_activations(True)
     if config.compile:
+        check_torch(torch.__version__)
         model.compile(dynamic=False)  # in place: the keys keep their names
+
+
+def check_torch(version: str) -> None:
+    """Raises InputError for a torch that cannot compile our models: 2.6 fails inside its own compiler, 2.11 and 2.13 make one graph of each."""
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < COMPILES_FROM:
+        raise InputError(f"--compile: needs torch {'.'.join(map(str, COMPILES_FROM))} or newer, found {version}. Leave it out, or take a newer torch.")
 
 
 def _explain_training(model: Model, config: ModelConfig) -> list[str]:

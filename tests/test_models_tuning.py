@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import nn
 from transformers import TimesformerForVideoClassification, VideoMAEForVideoClassification
 
 from clips.errors import InputError
 from models import ModelConfig, build_model, load_trained
+from models.build import check_torch
 from models.drop_path import DropPath, drop_rates
 from models.keys import KEYPOINTS
 from tests.making_models import CLASSES, FAMILIES, NUM_FRAMES, clips, draw, edit, plain_model, write_checkpoint
@@ -180,6 +184,7 @@ def test_shares_out_of_range_are_named(flag: str, value: float) -> None:
         ModelConfig("x", **{flag: value})  # type: ignore[arg-type]  # a field's name and value
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.11"), reason="--compile is refused")
 def test_compiling_in_one_graph_changes_neither_keys_nor_logits_nor_gradients(folder: Path) -> None:
     plain, model = build(folder, use_keypoints="channel"), build(folder, use_keypoints="channel")
     model.compile(backend="eager", fullgraph=True)
@@ -190,6 +195,12 @@ def test_compiling_in_one_graph_changes_neither_keys_nor_logits_nor_gradients(fo
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain.get_parameter(key).grad, rtol=1e-4, atol=1e-5, msg=key)
     torch.testing.assert_close(model.eval()(clips()), plain.eval()(clips()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [("2.6.0", True), ("2.10.1+cu128", True), ("2.11.0", False), ("2.13.0+cpu", False), ("3.0.0a0+git", False)])
+def test_a_torch_that_cannot_compile_is_refused(version: str, is_refused: bool) -> None:
+    with pytest.raises(InputError, match=f"--compile: needs torch 2.11 or newer, found {re.escape(version)}") if is_refused else nullcontext():
+        check_torch(version)
 
 
 def test_the_flag_compiles_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
