@@ -1,4 +1,4 @@
-"""python -m benchmarks loader|busy|ahead|shortcuts|convert|storage|step|decode|plot|demo: what the parts cost on this machine."""
+"""python -m benchmarks loader|busy|ahead|shortcuts|convert|storage|step|decode|fed|plot|demo: what the parts cost on this machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .busy import BusyConfig, bench_busy
 from .convert import ConvertBenchConfig, bench_convert
 from .decode import DecodeConfig, bench_decode
 from .demo import DemoConfig, demo
+from .fed import FedConfig, bench_fed
 from .loader import LoaderBenchConfig, bench
 from .plot import PlotConfig, plot
 from .shortcuts import ShortcutsConfig, bench_shortcuts
@@ -30,6 +31,7 @@ def main() -> int:
         "storage": StorageBenchConfig,
         "step": StepConfig,
         "decode": DecodeConfig,
+        "fed": FedConfig,
         "plot": PlotConfig,
         "demo": DemoConfig,
     }
@@ -50,6 +52,8 @@ def main() -> int:
         bench_step(config)
     elif isinstance(config, DecodeConfig):
         bench_decode(config)
+    elif isinstance(config, FedConfig):
+        bench_fed(config)
     elif isinstance(config, PlotConfig):
         plot(config)
     elif isinstance(config, DemoConfig):

@@ -2,6 +2,7 @@
 
 floor, floor+read                    decode alone, see floor.py
 webdataset, npz                      our loader to finished batches, from shards and from the unconverted folder
+dali                                 the same from shards by DALI's CPU operators (`--dali`): for a GPU there is `python -m benchmarks fed`
 webdataset, device path (, process)  our loader up to the stored frames that a GPU would get, decoded here or in a process beside
 webdataset as documented, with care  webdataset without our loader, on the same tars: see rivals.py
 
@@ -39,7 +40,7 @@ MEMORY_PASSES = 3
 QUICK_CLIPS, QUICK_ROUNDS = 24, 2
 LEGEND = """floor decodes and does nothing else, floor+read reads too: "over floor" is how much more CPU time a row takes than decoding alone.
 webdataset and npz are our loader to finished batches, from shards and from npz; device path gives stored frames for a GPU, decoded here or in a process;
-as documented and with care are webdataset without our loader. Less CPU ms/clip and more clips/s are better; rows whose [least-greatest] overlap are alike."""
+dali is the same by DALI's CPU operators; as documented and with care are webdataset without our loader. Less CPU ms/clip and more clips/s are better; rows whose [least-greatest] overlap are alike."""
 Values = dict[str, list[float]]  # name of a way to one value a round
 
 
@@ -65,6 +66,8 @@ class LoaderBenchConfig:
     """Measured passes of each loader, after one that warms up."""
     rivals: bool = True
     """Measure webdataset without our loader, too."""
+    dali: bool = False
+    """Measure our loader with DALI's CPU operators, too, where DALI is installed."""
     quick: bool = False
     """Two short passes: a first look."""
     json: Path | None = None
@@ -111,7 +114,7 @@ def on_clips(config: LoaderBenchConfig, shards: Path, npz: Path | None) -> list[
     threads = config.threads or default_threads()
     chosen = pass_clips(shards, config.split, config.frames, QUICK_CLIPS if config.quick else config.clips, threads)
     setting = Setting(ClipSpec(config.frames, config.size, config.size), min(BATCH, chosen.num_clips), threads)
-    ways = _ways(chosen, setting, npz, config.rivals)
+    ways = _ways(chosen, setting, npz, config.rivals, config.dali)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # what the main thread does beside the decoding threads, as beside a training step
     try:
@@ -127,7 +130,7 @@ def on_clips(config: LoaderBenchConfig, shards: Path, npz: Path | None) -> list[
     return found
 
 
-def _ways(chosen: PassClips, setting: Setting, npz: Path | None, rivals: bool) -> list[Way]:
+def _ways(chosen: PassClips, setting: Setting, npz: Path | None, rivals: bool, dali: bool) -> list[Way]:
     full = chosen.num_clips // setting.batch * setting.batch  # our loader leaves out what fills no batch
     shards = partial(opened, chosen.home, chosen)
     ways = [
@@ -137,6 +140,8 @@ def _ways(chosen: PassClips, setting: Setting, npz: Path | None, rivals: bool) -
         Way("webdataset, device path", full, shards, partial(HandedOver, chosen, setting, "threads")),
         Way("webdataset, device path, process", full, shards, partial(HandedOver, chosen, setting, "process")),
     ]
+    if dali:
+        ways.append(Way("dali", full, partial(opened, chosen.home, chosen, "dali"), partial(Finished, chosen, setting)))
     if npz is not None:
         ways.append(Way("npz", full, partial(opened, npz, chosen), partial(Finished, chosen, setting)))
     if rivals and read_manifest(chosen.home).codec != "jpeg":

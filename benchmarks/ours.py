@@ -41,9 +41,9 @@ class Setting:
         return Effort(self.threads, PREFETCH, self.look_ahead)
 
 
-def opened(home: Path, chosen: PassClips) -> ClipSource:
+def opened(home: Path, chosen: PassClips, loader: str = "auto") -> ClipSource:
     """A source of either kind that holds the clips of the pass."""
-    source = open_source(home, chosen.split)
+    source = open_source(home, chosen.split, loader)
     if missing := {clip.key for clip in chosen.clips} - {fact.key for fact in source.facts}:
         source.close()
         raise InputError(f"{home}: split {chosen.split} has no clip '{min(missing)}', the shards have. Give the folder that they were packed from.")

@@ -23,6 +23,8 @@ from tests.making_models import CLASSES, FAMILIES, NUM_FRAMES, clips, draw, edit
 
 PLAIN: dict[str, Any] = {"videomae": VideoMAEForVideoClassification, "timesformer": TimesformerForVideoClassification}
 
+compiles = pytest.mark.skipif(Version(torch.__version__) < Version("2.11"), reason="--compile is refused")
+
 
 def build(folder: Path, **flags: Any) -> Any:  # Any: values of flags; attributes differ by model
     return build_model(ModelConfig(str(folder), **{"head_init_scale": 1.0, **flags}), CLASSES)
@@ -184,7 +186,7 @@ def test_shares_out_of_range_are_named(flag: str, value: float) -> None:
         ModelConfig("x", **{flag: value})  # type: ignore[arg-type]  # a field's name and value
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.11"), reason="--compile is refused")
+@compiles
 def test_compiling_in_one_graph_changes_neither_keys_nor_logits_nor_gradients(folder: Path) -> None:
     plain, model = build(folder, use_keypoints="channel"), build(folder, use_keypoints="channel")
     model.compile(backend="eager", fullgraph=True)
@@ -203,6 +205,7 @@ def test_a_torch_that_cannot_compile_is_refused(version: str, is_refused: bool) 
         check_torch(version)
 
 
+@compiles
 def test_the_flag_compiles_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: asked.append(self))
