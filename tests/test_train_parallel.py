@@ -43,7 +43,7 @@ import train
 from clips import command
 
 compile_module, made = nn.Module.compile, []
-nn.Module.compile = lambda module: compile_module(module, backend="eager")  # the graph is captured and split as ever; no compiler is needed
+nn.Module.compile = lambda module, dynamic: compile_module(module, backend="eager", dynamic=dynamic)  # captured and split as ever; no compiler is needed
 
 def kept(*arguments, build=train.build):
     made.append(build(*arguments))
