@@ -40,7 +40,8 @@ MEMORY_PASSES = 3
 QUICK_CLIPS, QUICK_ROUNDS = 24, 2
 LEGEND = """floor decodes and does nothing else, floor+read reads too: "over floor" is how much more CPU time a row takes than decoding alone.
 webdataset and npz are our loader to finished batches, from shards and from npz; device path gives stored frames for a GPU, decoded here or in a process;
-dali is the same by DALI's CPU operators; as documented and with care are webdataset without our loader. Less CPU ms/clip and more clips/s are better; rows whose [least-greatest] overlap are alike."""
+dali is the same by DALI's CPU operators; as documented and with care are webdataset without our loader.
+Less CPU ms/clip and more clips/s are better; rows whose [least-greatest] overlap are alike."""
 Values = dict[str, list[float]]  # name of a way to one value a round
 
 
