@@ -50,3 +50,14 @@ def test_the_best_epoch_in_words() -> None:
     progress.score(0.91234, 7, METRICS)
     assert progress.best_in_words("auroc") == "epoch 7 (val auroc 0.9123)"
     assert progress.best_in_words("balanced_accuracy") == "epoch 7 (the last: no balanced accuracy on val)"
+
+
+def test_of_equal_scores_the_lower_loss_counts_then_the_earlier_epoch() -> None:
+    progress = Progress()
+    epochs = [(1.0, 0.69), (0.9, 0.1), (1.0, 0.7), (1.0, 0.2), (1.0, 0.2)]  # AUROC and loss
+    taken = [progress.score(auroc, epoch, {"auroc": auroc, "loss": loss}) for epoch, (auroc, loss) in enumerate(epochs, 1)]
+    assert taken == [True, False, False, True, False]
+    assert progress.best_epoch == 4
+    again = Progress()
+    again.load_state_dict(progress.state_dict())
+    assert not again.score(1.0, 6, {"auroc": 1.0, "loss": 0.3}) and again.score(1.0, 7, {"auroc": 1.0, "loss": 0.1})

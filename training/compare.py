@@ -78,7 +78,7 @@ class Run:
         known = [line for line in self.epochs if line.get(name) is not None]
         sign = 1 if name.removeprefix("val/") in LESS_IS_BETTER else -1
         if known:
-            return min(known, key=lambda line: sign * line[name])  # of equals the earlier
+            return min(known, key=lambda line: (sign * line[name], line.get("val/loss") or 0.0))  # of equals the lower loss, then the earlier
         return self.epochs[-1] if self.epochs else None
 
     @property

@@ -25,7 +25,7 @@ class EvaluationConfig:
     """What counts as good."""
 
     best_metric: Literal["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"] = "auroc"
-    """The metric on val that chooses the best epoch; of equals the earlier."""
+    """The metric on val that chooses the best epoch; of equals the one with the lower loss on val, then the earlier."""
     positive: str | None = None
     """The positive class of F1, AUROC and average precision with two classes; default: the last, gesture."""
     evaluate_test: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -48,13 +49,22 @@ class Progress:
     def score(
         self, score: float | None, epoch: int, metrics: Mapping[str, Any] | None = None, threshold: Threshold | None = None
     ) -> bool:  # Any: as `evaluate`
-        """Whether this epoch is the best so far: of equal scores the earlier stays, any score beats none, and of none the last stays."""
+        """Whether this epoch is the best so far: any score beats none, and of none the last stays.
+
+        Of equal scores the lower loss on val counts, then the earlier epoch. An AUROC of 1 comes while all probabilities are still near 1/2:
+        the earliest such epoch had an accuracy of .5 on test where the last had 1.
+        """
         self.evaluated = epoch
-        if self.best is None or (score is not None and score > self.best):
+        if self._is_beaten_by(score, (metrics or {}).get("loss")):
             self.best, self.best_epoch, self.best_threshold = score, epoch, threshold
             self.best_metrics = {name: value for name in METRICS if (value := (metrics or {}).get(name)) is not None}
             return True
         return False
+
+    def _is_beaten_by(self, score: float | None, loss: float | None) -> bool:
+        if self.best is None or score is None:
+            return self.best is None
+        return score > self.best or (score == self.best and loss is not None and loss < self.best_metrics.get("loss", math.inf))
 
     def best_in_words(self, metric: str) -> str:
         """Such as "epoch 7 (val auroc 0.9123)"."""
