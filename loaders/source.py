@@ -92,7 +92,7 @@ def open_source(home: Path, split: str, loader: str = "auto") -> ClipSource:
     kind = resolve(LOADERS, name, "--loader")
     if name == "npz" and is_packed(home):
         raise InputError(f"--loader npz: {home} holds shards. Leave --loader out, or give the folder of npz snippets.")
-    if name != "npz":
+    if name == "webdataset":  # dali says it by itself
         expect_shards(home)
     source: ClipSource = kind(home, split)
     return source
