@@ -41,10 +41,11 @@ from training.optimizer import set_lr
 from training.planner import LEAD_MINUTES, bytes_of_shards, plan_lines, sizes
 from training.recipe import with_recipe
 from training.rehearsal import STEPS, check_both, learn_by_heart, needs, scratch_folder, timed_steps, told_right
-from training.requeue import count_start, queue_again
+from training.requeue import after_stop, count_start
 from training.run_folder import FREE, RunFolder
 from training.schedule import BASE_BATCH_SIZE, lr_at
 from training.signals import StopAsked, Wishes
+from training.state import check_all_read
 from training.step import gradients
 from training.sweep import with_line
 from training.threshold import write_threshold
@@ -84,18 +85,25 @@ def train(config: TrainConfig, group: Group, folder: RunFolder) -> None:
     home = open_home(config.data.dataset_home, config.data.loader, config.fraction, config.balance, config.fold)
     config.judge.check(home.class_names)
     config.again.check(job_name(), job_array() is not None, config.sweep.sweep is not None)
-    identity = identify(config, home)
-    if group.ask_main(lambda: folder.look(identity, FREE)) == "finished":
-        logger.info(f"{config.logger_folder}: this run is finished; more --epochs would continue it")
-    elif config.rehearsal.is_asked or config.planning.plan is not None:
+    identity, finished = identify(config, home), f"{config.logger_folder}: this run is finished; more --epochs would continue it"
+    if config.rehearsal.is_asked or config.planning.plan is not None:
+        if config.rehearsal.dry_run:
+            group.ask_main(lambda: folder.look(identity, FREE))  # another run's folder shows before it queues
         rehearse(config, group, home)
-    else:
-        with alone(config.logger_folder, group):
-            state = group.ask_main(lambda: folder.look(identity, FREE))  # again: another training may have gone on meanwhile
-            saved = checkpoint.load_last(config.logger_folder) if state == "resume" else None
-            was_stopped = state != "finished" and go_on(config, group, folder, home, identity, saved)
-        if was_stopped and config.again.requeue:
-            group.ask_main(lambda: queue_again(str(job_name())))
+        return
+    if group.ask_main(lambda: folder.look(identity, FREE)) == "finished":
+        logger.info(finished)
+        return
+    with alone(config.logger_folder, group):
+        state = group.ask_main(lambda: folder.look(identity, FREE))  # again: another training may have gone on meanwhile
+        if state == "finished":
+            logger.info(finished)
+            return
+        saved = checkpoint.load_last(config.logger_folder) if state == "resume" else None
+        check_all_read(group, config.logger_folder, saved)
+        was_stopped = go_on(config, group, folder, home, identity, saved)
+    if was_stopped and in_job():
+        group.ask_main(lambda: after_stop(str(job_name()), config.again.requeue))
 
 
 def go_on(config: TrainConfig, group: Group, folder: RunFolder, home: Home, identity: dict[str, Any], saved: dict[str, Any] | None) -> bool:
@@ -265,7 +273,8 @@ def plan_jobs(run: Training, hours: float) -> None:
     clips_per_s = config.planning.clips_per_s or config.batch_size / step_seconds(run)
     epoch_clips, eval_clips = plan.steps_per_epoch * config.batch_size, len(run.val.source.facts) if run.val else 0
     written = sizes(run.model, run.ema is not None)
-    for line in plan_lines(clips_per_s, epoch_clips, eval_clips, config.epochs, hours, LEAD_MINUTES, *written, bytes_of_shards(config.data.dataset_home), None):
+    shards_bytes, minutes = bytes_of_shards(config.data.dataset_home), config.keep.checkpoint_minutes
+    for line in plan_lines(clips_per_s, epoch_clips, eval_clips, config.epochs, hours, LEAD_MINUTES, *written, shards_bytes, None, minutes):
         logger.info(line)
 
 

@@ -100,6 +100,8 @@ def bench(config: LoaderBenchConfig) -> list[Result]:
     """Prints a table and gives the results."""
     if config.shards is not None:
         return on_clips(config, config.shards, config.dataset_home)
+    if config.dataset_home is not None:
+        raise InputError("--dataset-home: is the baseline beside --shards. Give --shards too, the same clips packed.")
     with tempfile.TemporaryDirectory() as folder:
         made_up = QUICK_MADE_UP if config.quick else MADE_UP
         print(f"no --shards: measuring on {made_up} made-up clips")

@@ -33,7 +33,7 @@ def in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], p
     counter = context.Value("q", 0)
     executor = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=_start, initargs=(counter, os.getpid()))
     try:
-        with executor, tqdm(total=total, unit="clips", desc=verb, smoothing=0.05) as progress:
+        with executor, tqdm(total=total, unit="clips", desc=verb, smoothing=0.05, disable=None) as progress:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the processes start in here, with this mask
             pending = {executor.submit(_interruptible, work, *job) for job in jobs}
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -44,6 +44,7 @@ class DaliGraph:
     def __init__(self, source: DaliSource, spec: ClipSpec, micro_batch: int, device: torch.device, threads: int, hw_decoder_load: float) -> None:
         self._source, self._spec, self._device = source, spec, device
         self.row_shape = source.row_shape
+        self.numbers: Sequence[int] | None = None
         self._num_frames, self._threads, self._hw_decoder_load = micro_batch * spec.frames, threads, hw_decoder_load
         black = np.zeros((source.stored.height, source.stored.width, 3), np.uint8)
         self._blank = np.frombuffer(JpegCodec().encode(black), np.uint8)  # for the frames of a clip that was not read
@@ -137,12 +138,17 @@ class DaliGraph:
             place, at = divmod(number, self._spec.frames)
             if place < len(raw.requests) and place not in refused and self._source.is_jpeg:
                 request = raw.requests[place]
-                frame = int(request.choose(self._source.facts[request.number].frames_valid)[at])
-                found[place] = str(self._source.refused(request.number, frame, "DALI refuses it"))
+                clip = self._own(request.number)
+                frame = int(request.choose(self._source.facts[clip].frames_valid)[at])
+                found[place] = str(self._source.refused(clip, frame, "DALI refuses it"))
         if not found:
-            keys = ", ".join(self._source.facts[request.number].key for request in raw.requests)
+            keys = ", ".join(self._source.facts[self._own(request.number)].key for request in raw.requests)
             raise RuntimeError(f"DALI fails at the clips {keys}") from error
         return found
+
+    def _own(self, number: int) -> int:
+        """The source's number of a clip, which a part of it counts otherwise."""
+        return number if self.numbers is None else self.numbers[number]
 
     def _strictly_bad(self, raw: RawBatch) -> set[int]:
         """The numbers of a batch's frames that libjpeg does not decode."""

@@ -37,6 +37,7 @@ class Graph(Protocol):
     """What decodes and resizes whole batches on the device, from rows that the threads wrote; one pass at a time."""
 
     row_shape: tuple[int, ...]  # of the bytes of one frame, as the threads write them
+    numbers: Sequence[int] | None  # of a part's clips in its source, where the requests count in the part
 
     def run(self, batches: Iterator[RawBatch]) -> Iterator[Resized]:
         """The same batches in the same order."""

@@ -109,7 +109,10 @@ class PartOfSource:
         self._whole.stage(folder)
 
     def graph(self, spec: ClipSpec, micro_batch: int, device: torch.device, threads: int, hw_decoder_load: float) -> Graph | None:
-        return self._whole.graph(spec, micro_batch, device, threads, hw_decoder_load)
+        graph = self._whole.graph(spec, micro_batch, device, threads, hw_decoder_load)
+        if graph is not None:
+            graph.numbers = self._numbers
+        return graph
 
     def describe(self) -> list[str]:
         sources = len({fact.source for fact in self.facts})

@@ -10,6 +10,7 @@ import numpy as np
 
 from clips.errors import InputError
 from clips.manifest import fingerprint
+from clips.words import counted
 
 from .folds import Fold, PartOfSource, numbers_of, parse_fold
 from .plan import balanced_labels
@@ -49,7 +50,17 @@ class Home:
             lines.append(f"{split}: {'; '.join(source.describe())} ({classes})")
             if 0 in counts:
                 lines.append(f"{split}: has no clip of {', '.join(name for count, name in zip(counts, self.class_names, strict=True) if not count)}")
-        return lines
+        return lines + self._leaks()
+
+    def _leaks(self) -> list[str]:
+        """A line on the splits that share sources with train, none where none does."""
+        trained = {fact.source for fact in self.sources["train"].facts}
+        shared = {split: len(trained & {fact.source for fact in source.facts}) for split, source in self.sources.items() if split != "train"}
+        found = [f"{counted(count, 'source')} of {split}" for split, count in shared.items() if count]
+        if not found:
+            return []
+        advice = "metrics there say little of new sources. Split by source, or hold sources out with --fold"
+        return [f"leak: train has clips of {' and '.join(found)} too: {advice}"]
 
 
 def open_home(home: Path, loader: str = "auto", share: float = 1.0, balance: bool = False, fold: str | None = None) -> Home:

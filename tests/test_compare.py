@@ -233,3 +233,11 @@ def test_wrong_words_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any, 
 def test_the_config_names_its_flags_in_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--json "):
         CompareConfig((tmp_path,), json=tmp_path)
+
+
+def test_folds_of_one_cross_validation_are_one_group_and_other_counts_another(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"fold{n}", [0.5 + n / 10], fold=f"{n}/3", data={"train": f"t{n}", "val": f"v{n}", "test": "x"}) for n in (1, 2, 3)]
+    other = write_run(tmp_path / "two", [0.9], fold="1/2", data={"train": "t", "val": "v", "test": "x"})
+    found = groups(*runs, other)
+    assert sorted(len(group.runs) for group in found) == [1, 3]
+    assert not [note for group in found for note in group.notes() if "same seed" in note]

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 
 from clips.clip import ClipSpec
 from clips.codecs import make_codec
@@ -27,7 +28,9 @@ from clips.manifest import index_path, read_index, read_manifest, tar_path
 from loaders import dali_graph
 from loaders.dali import carried, carry, look_at
 from loaders.dali_graph import DaliGraph
-from loaders.stream import DecodeIn
+from loaders.home import open_home
+from loaders.plan import Plan
+from loaders.stream import DecodeIn, Loader
 from loaders.views import Views
 from tests.loading import MANY_SHARDS_MIB, STORED, by_key, expected_clip, find_entry, flip_byte, keys_in, npz_home, opened, shards
 
@@ -244,3 +247,15 @@ def test_expected_pixels_are_those_of_the_snippets(packed: Path, base: Path) -> 
     with opened(packed, "dali", spec=ClipSpec(5, 24, 32)) as made:
         for key, (video, _, _) in by_key(made.evaluation()).items():
             assert np.abs(video.astype(int) - expected_clip(npz_home(base), key, ClipSpec(5, 24, 32), None)[0]).mean() < 2
+
+
+def test_of_a_part_of_a_split_the_clip_that_dali_refuses_is_named_by_its_own_key(packed: Path) -> None:
+    fold = open_home(packed, "dali", fold="1/2").sources["train"].facts
+    bad = fold[-1].key
+    rewrite(packed, lambda key, frame, blob: without_tables(blob) if key == bad else blob)
+    part = open_home(packed, "dali", fold="1/2").sources["train"]
+    plan = Plan(len(part.facts), len(part.facts), len(part.facts), seed=1)
+    loader = Loader(part, plan, ClipSpec(STORED.frames, STORED.height, STORED.width), torch.device("cpu"), 2, max_bad_clips=1)
+    found = [clip for batch in loader.training(0) for clip in batch.bad]
+    loader.close()
+    assert [clip.key for clip in found] == [bad] and f"'{bad}'" in found[0].reason

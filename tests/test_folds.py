@@ -136,3 +136,13 @@ def test_the_order_of_a_fold_is_printed_without_training(shards: Path) -> None:
     asked = OrderConfig(shards, batch_size=1, fold="1/3")
     keys = {key for line in order_lines(asked) for key in json.loads(line)["keys"]}
     assert keys == {fact.key for fact in open_home(shards, fold="1/3").sources["train"].facts}
+
+
+def test_sources_on_both_sides_are_said_and_a_fold_takes_them_off_val(tmp_path: Path) -> None:
+    home = write_home(tmp_path / "npz", {"train": {"nongesture": 12, "gesture": 12}, "val": {"nongesture": 1, "gesture": 1}}, frames=2, height=16, width=16)
+    assert not [line for line in open_home(home).describe() if line.startswith("leak: ")]
+    for snippet in sorted((home / "train").glob("*/*.npz"))[:2]:
+        (home / "val" / snippet.parent.name / snippet.name.replace("000000", "000009", 1)).write_bytes(snippet.read_bytes())
+    (line,) = [line for line in open_home(home).describe() if line.startswith("leak: ")]
+    assert "of val too" in line and "--fold" in line
+    assert not [line for line in open_home(home, fold="1/2").describe() if line.startswith("leak: ")]

@@ -107,7 +107,7 @@ def test_one_batch_is_learned_by_heart_whatever_the_recipe(shards: Path, tmp_pat
 
 
 def test_a_batch_that_is_not_learned_is_an_error_with_the_numbers(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--overfit-batch 1: loss 0\.69\d\d to 0\.69\d\d in 1 steps at a rate of .*Expected all: give more steps"):
+    with pytest.raises(InputError, match=r"--overfit-batch 1: loss 0\.69\d\d to 0\.69\d\d in 1 steps at a rate of .*Expected all\. The rate is --lr x"):
         run(shards, tmp_path / "run", "--overfit-batch", "1", "--lr", "1e-6")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from clips.environment import job_name
 from clips.errors import InputError
-from training.requeue import FILE, RequeueConfig, count_start, queue_again, state_of
+from training.requeue import FILE, RequeueConfig, after_stop, count_start, queue_again, state_of
 
 
 @pytest.fixture
@@ -93,3 +93,29 @@ def test_requeue_is_refused_where_it_makes_no_sense() -> None:
     RequeueConfig().check(None, in_array=False, in_sweep=False)
     with pytest.raises(InputError, match="--max-restarts 0"):
         RequeueConfig(max_restarts=0)
+
+
+PREEMPTED = "JobId=12 JobState=RUNNING Requeue=1 PreemptTime=2026-01-02T03:04:05 TimeLimit=1-00:00:00"
+
+
+@pytest.mark.parametrize(
+    ("shown", "asked", "is_queued"),
+    [
+        (PREEMPTED, False, True),  # within its grace time: ending well it would count as done
+        (PREEMPTED.replace("Requeue=1", "Requeue=0"), False, False),
+        (PREEMPTED.replace("2026-01-02T03:04:05", "None"), False, False),
+        (PREEMPTED.replace("2026-01-02T03:04:05", "None"), True, True),
+        (PREEMPTED.replace("RUNNING", "COMPLETING"), True, False),
+    ],
+)
+def test_a_stopped_job_is_queued_where_it_was_asked_for_or_slurm_preempts_it(scontrol: Path, shown: str, asked: bool, is_queued: bool) -> None:
+    (scontrol / "answer").write_text(shown)
+    after_stop("12", asked)
+    assert ("requeue 12" in (scontrol / "words").read_text()) is is_queued
+
+
+def test_where_slurm_does_not_answer_a_stopped_job_just_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level("INFO"):
+        after_stop("12", requeue=False)
+    assert "is not known" in caplog.text

@@ -15,6 +15,7 @@ from torch import nn
 
 import training.step
 from loaders.batch import Slowest
+from training.distributed import Group
 from training.meter import Meter
 from training.precision import Precision
 from training.step import gradients
@@ -207,3 +208,16 @@ def test_cublas_without_room_for_itself_counts_as_out_of_memory() -> None:
     assert training.step.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not training.step.is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert training.step.is_out_of_memory(torch.cuda.OutOfMemoryError())
+
+
+def test_a_resumed_run_makes_room_again_where_its_micro_batch_needed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    made: list[bool] = []
+    monkeypatch.setattr(training.step, "fits", lambda model, shape, size, precision: size <= 4 and bool(made))
+    group, model = Group(0, 1, 0, torch.device("cuda", 0), "single"), torch.nn.Linear(1, 1)
+    words = (model, (1,), 8, 1, Precision("fp32", torch.device("cpu")), group)
+    found = training.step.choose_micro_batch(*words, None, lambda: made.append(True))
+    assert (found, made) == (4, [True])
+    made.clear()
+    assert training.step.choose_micro_batch(*words, {"gpu": "a GPU", "micro_batch": 4}, lambda: made.append(True)) == 4
+    assert made == [True]

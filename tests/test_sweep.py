@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from clips.environment import Array
 from clips.errors import InputError
-from training.sweep import MAX_NAME, name_of, read_lines, with_line
+from training.sweep import MAX_NAME, name_of, names, read_lines, with_line
 
 COMMAND = ["--dataset-home", "shards", "--logger-folder", "runs/lr", "--epochs", "3", "--model-name", "videomae"]
 
@@ -92,3 +92,17 @@ def test_a_name_is_one_folder_of_any_file_system(values: list[str]) -> None:
 def test_long_lines_that_begin_alike_have_different_names() -> None:
     begin = [f"--crop-scale={'0' * 200}"]
     assert name_of([*begin, "--seed", "1"]) != name_of([*begin, "--seed", "2"])
+
+
+def test_every_fold_has_a_name_of_its_own() -> None:
+    assert names([["--fold", f"{number}/5"] for number in range(1, 6)]) == [f"fold-{number}-5" for number in range(1, 6)]
+
+
+def test_two_homes_with_one_last_part_are_told_apart_by_the_user() -> None:
+    with pytest.raises(InputError, match=r"2 lines make the run dataset-home-shards.*give their paths different last parts"):
+        names([["--dataset-home", "/a/shards"], ["--dataset-home", "/b/shards"]])
+
+
+def test_a_flag_without_its_value_is_named() -> None:
+    with pytest.raises(InputError, match=r"--sweep.*expected one argument"):
+        with_line([*COMMAND, "--sweep"], None)

@@ -33,12 +33,14 @@ def alone(folder: Path, group: Group, patience_s: float = PATIENCE_S) -> Iterato
 
 
 def _hold(claim: Path, held: ExitStack, patience_s: float) -> None:
-    claim.parent.mkdir(parents=True, exist_ok=True)
     end_s, has_said = time.monotonic() + patience_s, False
     while True:
+        claim.parent.mkdir(parents=True, exist_ok=True)
         try:
             held.enter_context(claimed(claim, "trains this run"))
             return
+        except FileNotFoundError:  # another, which never began, removed the empty folder just now
+            continue
         except HeldError as error:
             if time.monotonic() >= end_s:
                 raise

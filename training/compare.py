@@ -1,6 +1,6 @@
 """Which of several runs is best, by val alone: python -m training compare RUN….
 
-read -> groups that differ in seed alone -> ranked by val -> a table, JSON, curves; test is told of the best group only
+read -> groups that differ in seed or fold alone -> ranked by val -> a table, JSON, curves; test is told of the best group only
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Metric = Literal["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "averag
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Ranks runs by val: a row for each group of runs that differ in their seed alone, mean ± standard deviation over its runs."""
+    """Ranks runs by val: a row for each group of runs that differ in their seed or held out fold alone, mean ± standard deviation over its runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """The runs' folders, as --logger-folder named them."""
@@ -90,7 +90,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in seed alone; `settings` is what tells them from the other groups."""
+    """Runs that differ in seed or fold alone; `settings` is what tells them from the other groups."""
 
     settings: str
     runs: Sequence[Run]
@@ -114,8 +114,8 @@ class Group:
             if not run.is_finished:
                 left_out = ", left out of the mean" if self.is_finished else ""
                 yield f"{run.folder} is not finished (epoch {len(run.epochs)} of {run.config.get('epochs')}{run.reason}){left_out}"
-        seeds = [run.config.get("seed") for run in self.counted]
-        if twice := sorted({str(seed) for seed in seeds if seeds.count(seed) > 1}):
+        seeds = [(run.config.get("seed"), run.config.get("fold")) for run in self.counted]
+        if twice := sorted({str(seed[0]) for seed in seeds if seeds.count(seed) > 1}):
             yield f"of the same seed ({', '.join(twice)}) there is more than one run"
         homes = sorted({str(run.config.get(HOMES)) for run in self.runs})
         if len(homes) > 1:
@@ -168,7 +168,11 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 
 
 def _fixed(run: Run) -> dict[str, Any]:  # Any: JSON values
-    return {name: value for name, value in flags(run.config) if name not in IN_A_GROUP}
+    """The run's flags and facts, without what may differ in a group; the folds of one cross-validation are one, each with clips of its own."""
+    fixed = {name: value for name, value in flags(run.config) if name not in IN_A_GROUP}
+    if fold := fixed.get("fold"):
+        fixed = {name: value for name, value in fixed.items() if name not in ("data.train", "data.val")} | {"fold": f"I/{fold.partition('/')[2]}"}
+    return fixed
 
 
 def _typed(name: str, value: Any) -> str:  # Any: a JSON value

@@ -13,6 +13,7 @@ import platform
 import re
 import resource
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
@@ -188,7 +189,7 @@ def find_shards(home: Path, stage_dir: Path | None) -> tuple[Shards | None, str 
 def is_staged(shard: ShardEntry, folder: Path) -> bool:
     """Whether the store of `loaders stage` holds the shard; looks without making the store."""
     copy = folder / f"gesture-clips-{os.geteuid()}" / "by-sha256" / f"{shard.tar_sha256}.tar"
-    return copy.is_file() and copy.stat().st_size == shard.tar_bytes
+    return _size(copy) == shard.tar_bytes
 
 
 def room_to_stage(stage: Place) -> int:
@@ -198,7 +199,16 @@ def room_to_stage(stage: Place) -> int:
 
 def bytes_written(run: Path) -> int:
     """What the run's folder already holds of its checkpoints and of best/."""
-    return sum(file.stat().st_size for part in ("checkpoints", "best") for file in (run / part).glob("*") if file.is_file())
+    return sum(_size(file) for part in ("checkpoints", "best") for file in (run / part).glob("*"))
+
+
+def _size(file: Path) -> int:
+    """0 for a folder, and for what the run's own job removes meanwhile."""
+    try:
+        found = file.stat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def find_versions(setup: Path = SETUP) -> dict[str, tuple[str | None, str]]:

@@ -56,12 +56,13 @@ def plan_lines(
     best_bytes: int,
     shards_bytes: int,
     stage_mb_per_s: float | None,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
 ) -> list[str]:
     """Lines: `epoch_clips` are trained and `eval_clips` evaluated in each epoch; `shards_bytes` is 0 for npz, `stage_mb_per_s` None where nobody measured it.
 
     Raises InputError for a limit that leaves no time to train.
     """
-    epoch_s = seconds_of_epoch(clips_per_s, epoch_clips, eval_clips, checkpoint_bytes, best_bytes)
+    epoch_s = seconds_of_epoch(clips_per_s, epoch_clips, eval_clips, checkpoint_bytes, best_bytes, checkpoint_minutes)
     overhead_minutes = START_MINUTES + lead_minutes + EARLY_MINUTES
     job_s = 3600 * limit_hours - 60 * overhead_minutes
     if job_s <= 0:
@@ -71,7 +72,7 @@ def plan_lines(
     save_s = _seconds(checkpoint_bytes, WRITE_MB_PER_S)
     lines = [
         f"{duration(epoch_s)} an epoch: {epoch_clips} clips at {clips_per_s:.3g} clips/s, {eval_clips} evaluated at {EVALUATION_SPEED:g} times that speed, "
-        f"a save every {CHECKPOINT_MINUTES:g} min and at its end at {WRITE_MB_PER_S:g} MB/s",
+        f"a save every {checkpoint_minutes:g} min and at its end at {WRITE_MB_PER_S:g} MB/s",
         f"a job of {limit_hours:g} h trains {duration(job_s)}, {job_s / epoch_s:.1f} epochs: {START_MINUTES:g} min for the start, "
         f"and the signal {lead_minutes:g} min before the end, up to {EARLY_MINUTES:g} min early",
         f"{counted(epochs, 'epoch')} {'take' if epochs > 1 else 'takes'} {duration(epochs * epoch_s)}: {_chain(links, jobs)}",
@@ -90,10 +91,12 @@ def plan_lines(
     return [f"plan: {line}" for line in lines]
 
 
-def seconds_of_epoch(clips_per_s: float, epoch_clips: int, eval_clips: int, checkpoint_bytes: int, best_bytes: int) -> float:
+def seconds_of_epoch(
+    clips_per_s: float, epoch_clips: int, eval_clips: int, checkpoint_bytes: int, best_bytes: int, checkpoint_minutes: float = CHECKPOINT_MINUTES
+) -> float:
     """Training, evaluation, and the saves in and after it; best/ is counted each time."""
     train_s = epoch_clips / clips_per_s
-    saves = 1 + math.floor(train_s / (60 * CHECKPOINT_MINUTES))
+    saves = 1 + math.floor(train_s / (60 * checkpoint_minutes))
     written_s = saves * _seconds(checkpoint_bytes, WRITE_MB_PER_S) + _seconds(best_bytes, WRITE_MB_PER_S)
     return train_s + eval_clips / (EVALUATION_SPEED * clips_per_s) + written_s
 

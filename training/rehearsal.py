@@ -61,8 +61,7 @@ def scratch_folder(folder: Path, group: Group) -> Iterator[Path]:
         yield path
         group.barrier()
     finally:
-        if group.is_main:
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)  # each rank: rank 0 may have been ended where it waited
 
 
 def _make_beside(folder: Path) -> Path:
@@ -116,8 +115,8 @@ def learn_by_heart(
     story = f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {num_steps} steps at a rate of {lr:.3g}; {num_right} of the {num_clips} clips are told right"
     if num_right < num_clips:
         raise InputError(
-            f"--overfit-batch {num_steps}: {story}. Expected all: give more steps or a higher --lr; if that does not help, look at these clips and "
-            "their labels (python -m convert view)."
+            f"--overfit-batch {num_steps}: {story}. Expected all. The rate is --lr x the batch size / 256: for a small batch give a higher --lr, such as 1e-2, "
+            "or more steps; only if that does not help, look at these clips and their labels (python -m convert view)."
         )
     logger.info(f"one batch: {story}: loss, labels, weights and rate fit together")
 

@@ -63,6 +63,22 @@ def count_start(folder: Path, step: int, max_restarts: int) -> None:
     write_json(path, {"step": step, "starts": starts})
 
 
+def after_stop(job: str, requeue: bool) -> None:
+    """Queues a saved and stopped job again where --requeue asks for it, and where SLURM preempts it with a grace time: ending well, it would count as done."""
+    if requeue or is_preempted(job):
+        queue_again(job)
+
+
+def is_preempted(job: str) -> bool:
+    """Whether SLURM is taking the job's nodes for another one and may queue it again; False where nobody can tell."""
+    try:
+        shown = _scontrol("show", "job", "-o", job)
+    except InputError as error:
+        logger.info(f"whether job {job} is preempted is not known ({error})")
+        return False
+    return bool(re.search(r"\bPreemptTime=\d", shown)) and "Requeue=1" in shown.split()
+
+
 def queue_again(job: str) -> None:
     """Asks SLURM, unless it has cancelled, ended or already requeued the job; InputError where SLURM refuses."""
     state = state_of(job)

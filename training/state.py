@@ -72,9 +72,14 @@ class RunState:
             else:
                 raise InputError(f"{self.folder.path / 'checkpoints'}: the checkpoint holds no {name}. It is of another program; give another --logger-folder.")
         self.progress.load_state_dict(saved["progress"])
-        if len(steps := set(self.group.gather_objects(self.progress.step))) > 1:
-            raise InputError(f"{self.folder.path / 'checkpoints'}: the ranks read those of steps {sorted(steps)}. Look after the file system, start again.")
         self.certificate.load_state_dict(saved["certificate"])
         if self.group.is_main:
             self.watch.load_state_dict(saved["watch"])
         logger.info(f"continuing in epoch {self.progress.trained + 1} after {self.progress.consumed} clips, step {self.progress.step}")
+
+
+def check_all_read(group: Group, folder: Path, saved: Mapping[str, Any] | None) -> None:  # Any: as above
+    """Raises InputError on all ranks where they do not read the same checkpoint, or some of them none: a network file system may show it late."""
+    found = {str(step) for step in group.gather_objects(saved["progress"]["step"] if saved else "none")}
+    if len(found) > 1:
+        raise InputError(f"{folder / 'checkpoints'}: the ranks read those of steps {', '.join(sorted(found))}. Look after the file system, start again.")

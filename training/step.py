@@ -89,6 +89,8 @@ def choose_micro_batch(
     name = torch.cuda.get_device_name(group.device)
     is_known = bool(saved) and saved["gpu"] == name and rank_batch % saved["micro_batch"] == 0 and saved["micro_batch"] % unit == 0  # type: ignore[index]
     if all(group.gather_objects(is_known)) and saved:  # of all ranks: the others' GPUs may be of another kind
+        if make_room is not None and not fits(model, clip_shape, int(saved["micro_batch"]), precision):
+            make_room()  # as when it was found
         return int(saved["micro_batch"])
 
     def search() -> int:

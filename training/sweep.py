@@ -36,8 +36,13 @@ def with_line(args: Sequence[str], array: Array | None) -> list[str]:
     asked.add_argument("--sweep", type=Path)
     asked.add_argument("--line")
     asked.add_argument("--logger-folder", "--logger_folder", type=Path)
-    known = asked.parse_known_args(args)[0]
+    try:
+        known = asked.parse_known_args(args)[0]
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error.argument_name}: {error.message}. Give it its value.") from error
     if known.sweep is None:
+        if known.line is not None:
+            raise InputError("--line: picks a line of --sweep. Give --sweep FILE too, or leave it out.")
         return [*args]
     lines = read_lines(known.sweep)
     number = chosen(known.sweep, known.line, array, len(lines))
@@ -50,7 +55,8 @@ def read_lines(path: Path) -> list[list[str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--sweep {path}: expected a file with the flags of a run in each line; found: {error}.") from error
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"--sweep {path}: expected a file with the flags of a run in each line; found: {found}.") from error
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -88,7 +94,8 @@ def names(lines: Sequence[Sequence[str]], path: str = "") -> list[str]:
     """Each line's folder name, made of its flags alone, so that lines may be added and moved; InputError for two lines with one name."""
     found = [name_of(words) for words in lines]
     if twice := sorted({name for name in found if found.count(name) > 1}):
-        raise InputError(f"--sweep {path}: {found.count(twice[0])} lines make the run {twice[0]}; expected each once. Take out the others.")
+        advice = "Take out the others, or give their paths different last parts."
+        raise InputError(f"--sweep {path}: {found.count(twice[0])} lines make the run {twice[0]}; expected each once. {advice}")
     return found
 
 
@@ -100,8 +107,13 @@ def name_of(words: Sequence[str]) -> str:
             parts.append(word[2:].replace("_", "-").split("=", 1))
         else:
             parts[-1].append(word)
-    spelled = ["-".join([part[0], *(Path(value).name or value for value in part[1:])]) for part in parts]
+    spelled = ["-".join([part[0], *map(_short, part[1:])]) for part in parts]
     name = re.sub(r"[^\w.+=-]", "-", "_".join(spelled), flags=re.ASCII)
     if len(name) <= MAX_NAME:
         return name
     return f"{name[: MAX_NAME - 9]}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}"
+
+
+def _short(value: str) -> str:
+    """Of a path from the root or from home the last part; 2/5 is no path."""
+    return Path(value).name or value if value.startswith(("/", "~")) else value
