@@ -26,7 +26,7 @@ from clips.errors import InputError
 
 from .together import Together, admit, call, open_hub
 
-RENDEZVOUS_TIMEOUT_S = 45.0  # a wrong address must show itself in under a minute
+RENDEZVOUS_TIMEOUT_S = 40.0  # a wrong address must show itself in under a minute, imports and the job's own start included
 COLLECTIVE_TIMEOUT_S = 1800.0  # one rank may compile, write or search for its micro-batch while the others wait
 RETRY_S = 0.2
 T = TypeVar("T")
