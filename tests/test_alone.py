@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -80,3 +80,18 @@ def test_other_ranks_hold_nothing_and_hear_of_a_refusal(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with claimed(tmp_path / FILE):
         pass
+
+
+def test_a_folder_that_the_one_before_removed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other never began, and took the empty folder with it between our making it and our claim."""
+    tries: list[Path] = []
+
+    def claim(path: Path, does: str) -> AbstractContextManager[None]:
+        tries.append(path)
+        if len(tries) == 1:
+            path.parent.rmdir()
+        return claimed(path, does)
+
+    monkeypatch.setattr(training.alone, "claimed", claim)
+    with alone(tmp_path / "run", ALONE):
+        assert (tmp_path / "run" / FILE).exists() and len(tries) == 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from clips.errors import InputError
 from training.checkpoint import load_last, save
+from training.distributed import Group
+from training.state import check_all_read
 
 
 def state_at(step: int) -> dict:
@@ -151,3 +155,15 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, state: dict, p
     with pytest.raises(TypeError, match=place):
         save(tmp_path, 1, state)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("others", "is_refused"), [(["7", "7"], False), (["7", "none"], True), (["7", "8"], True), (["none", "none"], False)])
+def test_ranks_that_read_different_checkpoints_all_stop_before_one_waits_for_the_other(tmp_path: Path, others: list[str], is_refused: bool) -> None:
+    class Both(Group):
+        def gather_objects(self, obj: Any) -> list[Any]:
+            assert obj == (7 if others[0] == "7" else "none")
+            return others
+
+    saved = {"progress": {"step": 7}} if others[0] == "7" else None
+    with pytest.raises(InputError, match="the ranks read those of steps") if is_refused else nullcontext():
+        check_all_read(Both(0, 2, 0, torch.device("cpu"), "single"), tmp_path, saved)

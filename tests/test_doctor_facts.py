@@ -209,6 +209,8 @@ def test_what_a_run_wrote_is_its_checkpoints_and_best(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(100))
     assert bytes_written(tmp_path) == 200 and bytes_written(tmp_path / "none") == 0
+    (tmp_path / "checkpoints" / "gone.pt").symlink_to("removed-by-its-own-job")  # listed, but no longer there
+    assert bytes_written(tmp_path) == 200
 
 
 def test_a_sweep_is_looked_at_as_a_whole(tmp_path: Path) -> None:

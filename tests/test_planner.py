@@ -144,3 +144,10 @@ def test_flags_that_make_no_plan_are_refused(values: dict[str, float], message: 
 
 def test_no_plan_is_asked_by_default() -> None:
     assert PlanConfig().plan is None and PlanConfig(24.0, 370.0).clips_per_s == 370.0
+
+
+def test_saves_are_counted_as_often_as_asked() -> None:
+    # an hour of training at 100 MB/s: 1 + 6 saves of 1 GB every 10 minutes are 70 s, 1 + 60 every minute 610 s
+    assert seconds_of_epoch(10.0, 36000, 0, GB, 0) == pytest.approx(3600 + 70)
+    assert seconds_of_epoch(10.0, 36000, 0, GB, 0, 1.0) == pytest.approx(3600 + 610)
+    assert "a save every 1 min" in lines_of(checkpoint_minutes=1.0)[0]

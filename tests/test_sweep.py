@@ -33,6 +33,12 @@ def test_element_i_takes_line_i_and_its_flags_come_last(sweep: Path) -> None:
     assert "runs/lr/dataset-home-other-shards_balance" in with_line([*COMMAND, "--sweep", str(sweep)], element(3))
 
 
+def test_the_line_that_is_taken_is_said(sweep: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        with_line([*COMMAND, "--sweep", str(sweep)], element(1))
+    assert caplog.messages == ["sweep: line 1 of 3: --lr 1e-3 --seed 2 -> lr-1e-3_seed-2; test stays unseen"]
+
+
 def test_a_line_can_be_asked_for_where_there_is_no_array(sweep: Path) -> None:
     asked = [*COMMAND, "--sweep", str(sweep), "--line", "2"]
     assert with_line(asked, None) == with_line(asked, element(1))
@@ -106,3 +112,8 @@ def test_two_homes_with_one_last_part_are_told_apart_by_the_user() -> None:
 def test_a_flag_without_its_value_is_named() -> None:
     with pytest.raises(InputError, match=r"--sweep.*expected one argument"):
         with_line([*COMMAND, "--sweep"], None)
+
+
+def test_a_line_without_a_sweep_is_refused() -> None:
+    with pytest.raises(InputError, match="--line: picks a line of --sweep"):
+        with_line([*COMMAND, "--line", "2"], None)

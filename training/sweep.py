@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import re
 import shlex
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from clips.environment import Array
 from clips.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 MAX_NAME = 120  # characters; file systems allow 255 bytes, and the name stands in every table
 KEPT_FLAGS = ("sweep", "line", "logger-folder", "config")  # the command's own, not a line's
@@ -46,7 +49,9 @@ def with_line(args: Sequence[str], array: Array | None) -> list[str]:
         return [*args]
     lines = read_lines(known.sweep)
     number = chosen(known.sweep, known.line, array, len(lines))
-    folder = ["--logger-folder", str(known.logger_folder / names(lines)[number - 1])] if known.logger_folder else []
+    name = names(lines)[number - 1]
+    logger.info(f"sweep: line {number} of {len(lines)}: {shlex.join(lines[number - 1])} -> {name}; test stays unseen")
+    folder = ["--logger-folder", str(known.logger_folder / name)] if known.logger_folder else []
     return [*args, *lines[number - 1], *folder, "--no-evaluate-test"]
 
 
