@@ -168,3 +168,11 @@ def digests_of_rank(home: Path, rank: int, world_size: int) -> dict[str, str]:
     """Key to sha256 of the video of a rank's clips of an epoch; run in a process of its own."""
     with opened(home, rank=rank, world_size=world_size) as made:
         return {key: hashlib.sha256(video.tobytes()).hexdigest() for key, (video, _, _) in by_key(made.training(0)).items()}
+
+
+def assert_same_beside_pixels(ours: Batch, theirs: Batch) -> None:
+    """Two loaders' batches of the same clips, wherever they lie: all but the video is equal."""
+    assert ours.keypoints is not None and theirs.keypoints is not None
+    assert torch.equal(ours.keypoints.cpu(), theirs.keypoints.cpu())
+    assert torch.equal(ours.label.cpu(), theirs.label.cpu()) and torch.equal(ours.weight.cpu(), theirs.weight.cpu())
+    assert (ours.key, ours.position, ours.labels, ours.proof) == (theirs.key, theirs.position, theirs.labels, theirs.proof)

@@ -16,6 +16,7 @@ from loaders.requests import Pass
 from loaders.source import open_source
 from loaders.stream import DecodeIn, Loader
 from models import load_trained
+from tests.loading import assert_same_beside_pixels
 from tests.making import write_home
 from training.distributed import Group
 from training.evaluation import probabilities
@@ -47,10 +48,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu_also_beside_a_busy_gpu(home: Path
         for ours, theirs in zip(held, on_cpu.training(epoch), strict=True):
             assert ours.video.is_cuda and ours.key == theirs.key
             assert (ours.video.cpu().int() - theirs.video.int()).abs().max() <= 1
-            assert ours.keypoints is not None and theirs.keypoints is not None
-            assert torch.equal(ours.keypoints.cpu(), theirs.keypoints)
-            assert torch.equal(ours.label.cpu(), theirs.label) and torch.equal(ours.weight.cpu(), theirs.weight)
-            assert (ours.position, ours.labels, ours.proof) == (theirs.position, theirs.labels, theirs.proof)
+            assert_same_beside_pixels(ours, theirs)
     on_gpu.close()
     on_cpu.close()
 

@@ -20,6 +20,7 @@ from loaders.plan import Plan
 from loaders.sample import AugmentConfig
 from loaders.source import open_source
 from loaders.stream import Loader
+from tests.loading import assert_same_beside_pixels
 from tests.making import write_home
 from tests.packing import use_threads
 from tests.test_dali_bad import rewrite, without_tables
@@ -67,10 +68,7 @@ def test_clips_from_the_gpu_are_near_those_of_the_cpu_and_all_else_is_the_same(h
             difference = (ours.video.cpu().int() - theirs.video.int()).abs()
             assert difference.float().mean((2, 3, 4)).max() <= MEAN
             assert difference.max() <= LARGEST
-            assert ours.keypoints is not None and theirs.keypoints is not None
-            assert torch.equal(ours.keypoints.cpu(), theirs.keypoints)
-            assert torch.equal(ours.label.cpu(), theirs.label) and torch.equal(ours.weight.cpu(), theirs.weight)
-            assert (ours.position, ours.labels, ours.proof) == (theirs.position, theirs.labels, theirs.proof)
+            assert_same_beside_pixels(ours, theirs)
     on_gpu.close()
     on_cpu.close()
 
